@@ -119,13 +119,18 @@ def _dct(n=8):
     return m.float()
 
 _RGB_YCC = torch.tensor([[.2126, .7152, .0722], [-.1146, -.3854, .5], [.5, -.4542, -.0458]])
+_CONST = {}
+def _constants(device):
+    if device not in _CONST: _CONST[device] = tuple(t.to(device) for t in (_RGB_YCC, torch.linalg.inv(_RGB_YCC), _dct()))
+    return _CONST[device]
 
 def fake_h264(x, step): # (B, F, 3, h, w) in [0, 1]; quantiser step (B,) in 1/255
     "What a video codec does to pixels, without the codec: halved chroma, 8x8 DCT, dead-zone quantiser, every frame coded as a change of the last"
-    ycc = torch.einsum('ij,bfjhw->bfihw', _RGB_YCC.to(x.device), x)
+    to_ycc, to_rgb, d = _constants(x.device)
+    ycc = torch.einsum('ij,bfjhw->bfihw', to_ycc, x)
     chroma = F.interpolate(F.avg_pool2d(ycc[:, :, 1:].flatten(0, 1), 2), size=x.shape[-2:], mode='bilinear').view_as(ycc[:, :, 1:])
     ycc = torch.cat([ycc[:, :, :1], chroma], 2)
-    d, q = _dct().to(x.device), (step / 255)[:, None, None, None, None, None]
+    q = (step / 255)[:, None, None, None, None, None]
     blocks = lambda t: t.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-2, -3) # ..., h/8, w/8, 8, 8
     plain = lambda t: t.transpose(-2, -3).flatten(-4, -3).flatten(-2)
     last, out = torch.zeros_like(ycc[:, 0]), []
@@ -134,7 +139,7 @@ def fake_h264(x, step): # (B, F, 3, h, w) in [0, 1]; quantiser step (B,) in 1/25
         c = c.sign() * (c.abs() / q + 0.33).floor() * q
         last = last + plain(d.T @ c @ d)
         out.append(last)
-    return torch.einsum('ij,bfjhw->bfihw', torch.linalg.inv(_RGB_YCC).to(x.device), torch.stack(out, 1))
+    return torch.einsum('ij,bfjhw->bfihw', to_rgb, torch.stack(out, 1))
 
 def degrade_batch(hr): # (B, F, 3, H, W) float in [0, 1] -> LR (B, F, 3, H/4, W/4), 8-bit values in [0, 1]
     "Half clean, half blurred, noisy and coded; parameters drawn per clip"
@@ -147,13 +152,14 @@ def degrade_batch(hr): # (B, F, 3, H, W) float in [0, 1] -> LR (B, F, 3, H/4, W/
     level = dirty * torch.rand(b, device=dev) * 3.5 / 255
     x = ((x + torch.randn_like(x) * level[:, None, None, None, None]).clamp(0, 1) * 255).round() / 255
     coded = dirty & (torch.rand(b, device=dev) < 0.8)
-    if coded.any(): x[coded] = fake_h264(x[coded], 4 + 14 * torch.rand(int(coded.sum()), device=dev))
+    x = torch.where(coded[:, None, None, None, None], fake_h264(x, 4 + 14 * torch.rand(b, device=dev)), x)
     return (x.clamp(0, 1) * 255).round() / 255
 
 # ---- loss
 def luma(x): # (..., 3, H, W) -> (..., H, W), BT.601
     "Weighted sum of the colours"
-    return (x * torch.tensor([.299, .587, .114], device=x.device)[:, None, None]).sum(-3)
+    r, g, b = x.unbind(-3)
+    return 0.299 * r + 0.587 * g + 0.114 * b
 
 def loss_terms(sr, hr): # (B, F, 3, H, W) in [0, 1] -> dict of scalars
     "Charbonnier on colour and luma, gradients, spectrum, temporal differences"
@@ -169,3 +175,13 @@ def psnr_y(a, b): # (F, 3, H, W) in [0, 1] -> dB, mean over frames; BT.601 studi
     "PSNR of luma as papers report it"
     y = lambda x: luma((x.clamp(0, 1) * 255).round()) * 219 / 255
     return float((10 * torch.log10(255**2 / (y(a) - y(b)).square().mean((-1, -2)).clamp_min(1e-9))).mean())
+
+def start_weights(model): # FlashVSR -> itself, in place
+    "Variance-preserving start; residual branches small, the last layer zero: training begins at plain bicubic"
+    for m in model.decoder.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(m.weight, nonlinearity='linear' if m.kernel_size == (1, 1) else 'relu')
+            if m.bias is not None: torch.nn.init.zeros_(m.bias)
+        if hasattr(m, 'conv') and isinstance(m.conv, torch.nn.Sequential): last = m.conv[-1].weight; last.data.mul_(0.3)
+    torch.nn.init.zeros_(model.decoder.decoder[-1].weight)
+    return model

@@ -161,7 +161,7 @@ def _probe_images(path: Path) -> VideoInfo:
     return VideoInfo(path, *next(iter(sizes)), Fraction(25), len(files), Fraction(1, 25), Fraction(len(files), 25),
                      matrix=0, range=2, is_folder=path.is_dir())
 
-# %% ../nbs/00_video.ipynb #350308b8
+# %% ../nbs/00_video.ipynb #9733c411
 def _open_video(path: Path):
     "The PyAV container and its moving picture, or one line on why there is none."
     import av
@@ -192,7 +192,8 @@ def _frames(container, stream, lost: list):
         try:
             packet = next(packets, None)
         except av.error.FFmpegError:  # the file ends in the middle of something
-            packet = lost.append("file")
+            packet = None
+            lost.append("file")
         if packet is not None and packet.is_corrupt:
             lost.append("packet")
             continue
@@ -205,7 +206,7 @@ def _frames(container, stream, lost: list):
         if packet is None:
             return
 
-# %% ../nbs/00_video.ipynb #8bd55b8d
+# %% ../nbs/00_video.ipynb #04552c21
 def _duration(container, stream) -> Fraction | None:
     "Seconds of video that the file claims to hold."
     if stream.duration:
@@ -229,15 +230,14 @@ def probe(
         frame = next(_frames(container, stream, []), None)
         if frame is None:
             raise ValueError(f"{path}: no frame in it can be decoded")
-        full = frame.format.name.startswith(("yuvj", "gray"))  # these names mean full range
         return VideoInfo(
             path, frame.width, frame.height, stream.average_rate or stream.guessed_rate or Fraction(25),
             stream.frames or None, stream.time_base, _duration(container, stream), int(frame.colorspace),
-            int(frame.color_range) or 2 * full, int(frame.color_primaries), int(frame.color_trc), frame.format.name,
+            int(frame.color_range), int(frame.color_primaries), int(frame.color_trc), frame.format.name,
             stream.codec_context.name, frame.rotation, stream.sample_aspect_ratio or Fraction(1),
             len(container.streams.audio))
 
-# %% ../nbs/00_video.ipynb #38d0183c
+# %% ../nbs/00_video.ipynb #5a0af4bf
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}  # H.273: FFmpeg's name
 
 
@@ -274,6 +274,8 @@ def _read_video(info: VideoInfo, start: int, stop: int | None, matrix: int):
                     warnings.warn(f"{info.path}: transparency is dropped", stacklevel=2)
                 if max(p.bits for p in parts) > 8:
                     warnings.warn(f"{info.path}: {parts[0].bits} bits a colour are read as 8", stacklevel=2)
+                if frame.interlaced_frame:
+                    warnings.warn(f"{info.path}: interlaced; read as it is, line by line", stacklevel=2)
             if not frame.format.is_rgb:
                 frame = convert.reformat(frame, format="rgb24", src_colorspace=matrix, dst_color_range=2,
                                          src_color_range=info.range or 1, interpolation=how)
@@ -281,7 +283,8 @@ def _read_video(info: VideoInfo, start: int, stop: int | None, matrix: int):
             if n == stop:
                 return
     by_time = round((info.duration or 0) * info.fps)
-    claim = min(info.frames or by_time, by_time or info.frames or 0)  # an edit list may hide some of the frames
+    claim = info.frames or by_time
+    claim = min(claim, by_time) if exact else claim  # an edit list may hide some of the frames
     early = last * info.time_base + Fraction(3, 2) / info.fps < (info.duration or 0)
     if lost or n < claim and (early or exact):
         warnings.warn(f"{info.path}: damaged or breaks off: {n} frames could be read"
@@ -346,10 +349,12 @@ def read_video(
     with VideoReader(path, start=start, frames=frames) as reader:
         return np.stack(list(reader))
 
-# %% ../nbs/00_video.ipynb #8251616e
+# %% ../nbs/00_video.ipynb #5ee5eb8f
 _CONTAINERS = {  # suffix: FFmpeg's name, usual encoder
     ".mp4": ("mp4", "libx264"), ".m4v": ("mp4", "libx264"), ".mov": ("mov", "libx264"),
     ".mkv": ("matroska", "libx264"), ".webm": ("webm", "libvpx-vp9")}
+
+_NUMBERED = re.compile(r"\d+\.png")  # a frame in a folder
 
 
 def _is_folder(path: Path) -> bool:
@@ -360,7 +365,7 @@ def _is_folder(path: Path) -> bool:
 def _check_replace(path: Path, overwrite: bool):
     "Raise unless replacing this output is wanted and loses nothing but an earlier output."
     if path.is_dir():
-        others = [f.name for f in path.iterdir() if not re.fullmatch(r"\d+\.png", f.name)]
+        others = [name for name in os.listdir(path) if not _NUMBERED.fullmatch(name)]
         if others:
             raise FileExistsError(f"{path}: this folder holds other things ({others[0]}); choose an empty one")
         if not any(path.iterdir()):
@@ -420,14 +425,14 @@ class _Clock:
         self.n, self.last = self.n + 1, ticks
         return ticks
 
-# %% ../nbs/00_video.ipynb #d70873fb
+# %% ../nbs/00_video.ipynb #7bcfa116
 class _AudioCopy:
     "Copies a file's audio packets into an output, as far as its pictures have come."
 
     def __init__(self, path, out):
         import av
 
-        self.out, self.source, self.streams, self.packet = out, av.open(str(path)), {}, None
+        self.out, self.source, self.streams, self.before, self.packet = out, av.open(str(path)), {}, {}, None
         for stream in self.source.streams.audio:
             self.streams[stream] = out.add_stream_from_template(stream)
         if self.streams:
@@ -445,9 +450,12 @@ class _AudioCopy:
 
     def until(self, time: Fraction | float):
         "Pass on the packets up to a time, s."
-        while self.packet is not None and self.packet.dts * self.packet.time_base <= time:
-            self.packet.stream = self.streams[self.packet.stream]
-            self.out.mux(self.packet)
+        while (packet := self.packet) is not None and packet.dts * packet.time_base <= time:
+            stream, dts = packet.stream, packet.dts
+            # Matroska says no lengths, and mp4's edit list would leave out a last packet of 0 s: take the step before
+            packet.duration = packet.duration or dts - self.before.get(stream, dts)
+            packet.stream, self.before[stream] = self.streams[stream], dts
+            self.out.mux(packet)
             self._next()
 
 # %% ../nbs/00_video.ipynb #55cd183b
@@ -472,7 +480,7 @@ def _rgb_to_yuv(width: int, height: int, pixels: str, matrix: int, range_: int, 
         graph.add("format", pixels), graph.add("buffersink")).configure()
     return graph
 
-# %% ../nbs/00_video.ipynb #c2fdc698
+# %% ../nbs/00_video.ipynb #58defb12
 class _Encoder:
     "Where a VideoWriter's frames become a video file."
 
@@ -488,8 +496,6 @@ class _Encoder:
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         context = stream.codec_context
         stream.time_base = context.time_base = self.clock.tick
-        if codec == "libvpx-vp9":
-            context.bit_rate = 0  # or crf would only be a limit
         matrix, range_, context.color_primaries, context.color_trc = _write_tags(like)
         context.colorspace, context.color_range = matrix, range_
         if like and like.aspect != 1:
@@ -523,12 +529,12 @@ class _Encoder:
         if self.audio:
             self.audio.source.close()
 
-# %% ../nbs/00_video.ipynb #319457f4
+# %% ../nbs/00_video.ipynb #2d2899d3
 class _Images:
     "Where a VideoWriter's frames become PNGs: numbered in a folder, or a single one."
 
-    def __init__(self, path: Path, single: bool):
-        self.path, self.single, self.n = path, single, 0
+    def __init__(self, path: Path, single: bool, turns: int):
+        self.path, self.single, self.turns, self.n = path, single, turns, 0
         if not single:
             path.mkdir()
 
@@ -539,6 +545,7 @@ class _Images:
         if self.single and self.n > 1:
             raise ValueError("a .png holds one frame; write to a folder (a name without suffix) or to a video")
         path = self.path if self.single else self.path / f"{self.n:08d}.png"
+        frame = np.ascontiguousarray(np.rot90(frame, self.turns))  # a PNG cannot tell a viewer to do it
         Image.fromarray(frame).save(path, "PNG", compress_level=1)  # higher: hardly smaller, much slower
 
     def finish(self, whole: bool):
@@ -547,7 +554,7 @@ class _Images:
     def close(self):
         pass
 
-# %% ../nbs/00_video.ipynb #48c885a0
+# %% ../nbs/00_video.ipynb #26ebb187
 class _WholeOrNothing:
     "What gives a VideoWriter's output its name when it is complete, and removes it when it is not."
 
@@ -563,9 +570,14 @@ class _WholeOrNothing:
             if not self.frames:
                 raise ValueError(f"{self.path}: no frame was written")
             self._sink.finish(whole)
-            if self.path.is_dir():  # check_output saw nothing but numbered PNGs in it
-                shutil.rmtree(self.path)
-            os.replace(self._sink.path, self.path)
+            if self.path.is_dir():  # it holds at most an earlier output; whatever came in since stays
+                for old in filter(_NUMBERED.fullmatch, os.listdir(self.path)):
+                    (self.path / old).unlink()
+                for new in self._sink.path.iterdir():
+                    os.replace(new, self.path / new.name)
+                self._sink.path.rmdir()
+            else:
+                os.replace(self._sink.path, self.path)
             self._sink = None
         finally:
             self.discard()
@@ -607,7 +619,7 @@ def _encoder(path: Path, part: Path, codec: str | None, size: tuple[int, int], a
         raise ValueError(f"{path}: {path.suffix} cannot hold {codec} video of {width}x{height}{sound} "
                          f"({getattr(e, 'strerror', None) or e}); try .mkv") from None
 
-# %% ../nbs/00_video.ipynb #80f55de6
+# %% ../nbs/00_video.ipynb #07105733
 class VideoWriter(_WholeOrNothing):
     """Takes (H,W,3) uint8 RGB frames one by one into a video file, a folder of PNGs or one PNG.
 
@@ -627,8 +639,8 @@ class VideoWriter(_WholeOrNothing):
         crf: float = 16,  # 0 best to 51 worst
         overwrite: bool = False,  # replace an existing output
     ):
-        source = audio_from if audio_from is not None else like and like.path
-        self.path = path = check_output(path, source=source, overwrite=overwrite)
+        for source in (audio_from, like and like.path):
+            self.path = path = check_output(path, source=source, overwrite=overwrite)
         self.frames, self._shape, self._sink = 0, (height, width, 3), None
         fps = (like.fps if like else 25) if fps is None else fps
         fps = Fraction(fps).limit_denominator(1001) if isinstance(fps, float) else Fraction(fps)
@@ -641,7 +653,7 @@ class VideoWriter(_WholeOrNothing):
             audio_from = None
         part = path.absolute().with_name(f".{path.name}.{os.getpid()}.part")
         if _is_folder(path) or path.suffix.lower() == ".png":
-            self._sink = _Images(part, single=not _is_folder(path))
+            self._sink = _Images(part, single=not _is_folder(path), turns=like.rotation // 90 if like else 0)
         else:
             self._sink = _encoder(path, part, codec, (width, height), audio_from, fps, like, crf)
 

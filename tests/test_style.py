@@ -137,7 +137,8 @@ def test_linter_reads_import_order(tmp_path):
 
 def test_readme_links_work_from_the_root():
     text = "![a](images/a.jpg) [b](00_video.ipynb#top) [c](../data/c.md) [d](https://e.f) <img src='images/h.png'>"
-    fixed = "![a](nbs/images/a.jpg) [b](nbs/00_video.ipynb#top) [c](data/c.md) [d](https://e.f) <img src='nbs/images/h.png'>"
+    fixed = ("![a](nbs/images/a.jpg) [b](nbs/00_video.ipynb#top) "
+             "[c](data/c.md) [d](https://e.f) <img src='nbs/images/h.png'>")
     assert readme.relink(text) == fixed
     code = "```\n[a](b)\n```\n`[a](b)`"
     assert readme.relink(code) == code
