@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/06_decoder.ipynb #cbf8d26e
+# %% ../nbs/06_decoder.ipynb #b30803d5
 def fold(
-    lq: torch.Tensor,  # (B,3,frames*g,H,W); H and W multiples of `patch`
+    lq: torch.Tensor,  # (B,3,g*frames,H,W); H and W multiples of `patch`
     frames: int = 4,  # folded into one step
+    *,
     patch: int = 8,  # side of the square folded into one cell, px
-) -> torch.Tensor:  # (g*B,768,H/8,W/8) as a rule: step by step; channel ((c*4 + t)*8 + y)*8 + x
-    "Fold 4 frames of 8×8 pixels into channels (pixel unshuffle in space and time)."
+) -> torch.Tensor:  # (g*B,768,H/8,W/8): step by step; channel ((c*4 + t)*8 + y)*8 + x
+    "Fold frames × patch × patch pixels into channels (pixel unshuffle in space and time)."
     steps = lq.unflatten(2, (-1, frames)).permute(2, 0, 1, 3, 4, 5).flatten(0, 1)  # (g*B,3,frames,H,W)
     return F.pixel_unshuffle(steps.flatten(1, 2), patch).contiguous(memory_format=torch.channels_last)
 
@@ -89,7 +90,19 @@ class UpConv(nn.Conv2d):
         y = F.conv2d(x, torch.stack(kernels, 1).flatten(0, 1), padding=1)  # (N,4*out,h+1,w+1)
         return F.pixel_shuffle(y, 2)[..., 1:-1, 1:-1]
 
-# %% ../nbs/06_decoder.ipynb #c062fc11
+# %% ../nbs/06_decoder.ipynb #a18321ac
+def _layers(inputs, c0, c1, c2, c3):
+    "Layers 0–26; the work of 0, 8, 14 and 20 is done elsewhere."
+    conv = lambda i, o, bias=False: nn.Conv2d(i, o, 3, padding=1, bias=bias)
+    relu = lambda: nn.ReLU(inplace=True)
+    mem = lambda c: [MemBlock(c) for _ in range(3)]
+    return nn.ModuleList([
+        nn.Identity(), conv(inputs, c0, True), relu(), conv(c0, c0), relu(), *mem(c0),
+        nn.Identity(), TGrow(c0, 1), UpConv(c0, c1), *mem(c1),
+        nn.Identity(), TGrow(c1, 2), UpConv(c1, c2), *mem(c2),
+        nn.Identity(), TGrow(c2, 2), UpConv(c2, c3), nn.ReLU(), conv(c3, c3), relu(), conv(c3, 3, True)])
+
+
 def _check_shapes(latents, lq, state):
     "One clear line if the three do not belong together."
     b, _, steps, h, w = latents.shape
@@ -101,7 +114,7 @@ def _check_shapes(latents, lq, state):
         raise ValueError(f"state: from {len(state[0])} videos of {tuple(state[0].shape[2:])} cells; "
                          f"the latents are {b} of {(h, w)}; pass state=None to start a new video")
 
-# %% ../nbs/06_decoder.ipynb #c0b4d631
+# %% ../nbs/06_decoder.ipynb #07a17725
 class TCDecoder(nn.Module):
     "Latents and LQ frames to SR frames; keys as in TCDecoder.ckpt: `decoder.{index of the layer}`."
 
@@ -114,18 +127,12 @@ class TCDecoder(nn.Module):
         pyramid: bool = False,  # let LQ in at H/4, H/2 and H too (nano's; the official model lets it in at H/8 only)
     ):
         super().__init__()
-        c0, c1, c2, c3 = channels
         self.residual = residual
         self.tail_steps = 1  # steps at H/2 that go through the tail together: more speed or less memory
-        conv = lambda i, o, bias=False: nn.Conv2d(i, o, 3, padding=1, bias=bias)
-        relu = lambda: nn.ReLU(inplace=True)
-        mem = lambda c: [MemBlock(c) for _ in range(3)]
-        self.decoder = nn.ModuleList([
-            nn.Identity(), conv(latent_channels + 768, c0, True), relu(), conv(c0, c0), relu(), *mem(c0),
-            nn.Identity(), TGrow(c0, 1), UpConv(c0, c1), *mem(c1),
-            nn.Identity(), TGrow(c1, 2), UpConv(c1, c2), *mem(c2),
-            nn.Identity(), TGrow(c2, 2), UpConv(c2, c3), nn.ReLU(), conv(c3, c3), relu(), conv(c3, 3, True)])
-        skips = [nn.Conv2d(3 * 4 * 16, c1, 1), conv(3 * 2 * 4, c2, True), conv(3, c3)]
+        self.decoder = _layers(latent_channels + 768, *channels)
+        _, c1, c2, c3 = channels
+        skips = [nn.Conv2d(3 * 4 * 16, c1, 1), nn.Conv2d(3 * 2 * 4, c2, 3, padding=1),
+                 nn.Conv2d(3, c3, 3, padding=1, bias=False)]
         self.skips = nn.ModuleList(skips if pyramid else [])
 
     def forward(
@@ -146,8 +153,6 @@ class TCDecoder(nn.Module):
         y = y.unflatten(0, (-1, b)).permute(1, 2, 0, 3, 4)
         return (y + (lq + 1) / 2 if self.residual else y), state
 
-    fold = staticmethod(fold)
-
     def _body(self, x, state, lq):
         "Layers 1–19, (T*B,784,H/8,W/8) to (2T*B,c2,H/2,W/2), and the new state."
         past, new = iter(state or ()), []
@@ -158,14 +163,14 @@ class TCDecoder(nn.Module):
             else:
                 x = layer(x, len(lq)) if isinstance(layer, TGrow) else layer(x)
             if self.skips and i in (10, 16):
-                x = x + (self.skips[0](fold(lq, 4, 4)) if i == 10 else self.skips[1](fold(lq, 2, 2)))
+                x = x + (self.skips[0](fold(lq, patch=4)) if i == 10 else self.skips[1](fold(lq, 2, patch=2)))
         return x, new
 
     def _tail(self, x, lq):
         "Layers 20–26, (n*B,c2,H/2,W/2) to (2n*B,3,H,W): no memory, so in parts; full-size tensors are large."
         x = self.decoder[22](self.decoder[21](x, len(lq)))
         if self.skips:
-            x = x + self.skips[2](fold(lq, 1, 1))
+            x = x + self.skips[2](fold(lq, 1, patch=1))
         for layer in self.decoder[23:]:
             x = layer(x)
         return x

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_at', 'prepare_lq', 'Stream', 'pick_device', 'peak_memory', 'Upscaled', 'FlashVSR']
 
-# %% ../nbs/11_pipeline.ipynb #ad6c9e79
+# %% ../nbs/11_pipeline.ipynb #848ec816
 import math, os, re, sys, time, warnings
 from collections import deque
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .dit import Conditioning, DiT, ModelConfig
 from .kv_cache import KVCache, LQProjector, chunk
 from .video import VideoReader, VideoWriter, check_output
 
-# %% ../nbs/11_pipeline.ipynb #2859db91
+# %% ../nbs/11_pipeline.ipynb #736e1a11
 def _mix(x):
     "The finaliser of splitmix64 on int64 tensors that wrap around: every bit of `x` reaches every bit of the result."
     for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)):
@@ -59,13 +59,13 @@ def noise_at(
         out[:, i] = torch.log1p(-u).mul_(-2).sqrt_() * torch.cos(2 * math.pi * v)  # Box and Muller
     return out[None]
 
-# %% ../nbs/11_pipeline.ipynb #f9b0889f
+# %% ../nbs/11_pipeline.ipynb #50750f73
 def _reflected(n: int, before: int, total: int):
     "Which of `n` rows stands at each of `total` places: mirrored at both ends, repeated where the mirror ends."
     i = torch.arange(-before, total - before).clamp(1 - n, 2 * n - 2)
     return (n - 1) - ((n - 1) - i.abs()).abs()
 
-# %% ../nbs/11_pipeline.ipynb #8ee4b738
+# %% ../nbs/11_pipeline.ipynb #74fffc8f
 def prepare_lq(
     frames,  # (F,H,W,3) uint8, or float in [0,1]; array or tensor
     *,
@@ -105,7 +105,7 @@ def _pil_resize(x, scale):
     frames = (Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in x.cpu().numpy())
     return torch.from_numpy(np.stack([np.asarray(f) for f in frames]))
 
-# %% ../nbs/11_pipeline.ipynb #256a0303
+# %% ../nbs/11_pipeline.ipynb #f6865fba
 def _injected(noise, need, latents):
     "The latent frames `latents` of the user's own noise, which must have `need` channels, rows and columns."
     if noise.ndim != 5 or (noise.shape[1], *noise.shape[3:]) != need or noise.shape[2] < latents.stop:
@@ -171,7 +171,7 @@ class Stream:
         lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()  # a view would keep the whole chunk alive
         return color_fix(self.decode(latents, lq.to(dtype)), lq, method=self.model.cfg.color_fix)
 
-# %% ../nbs/11_pipeline.ipynb #6610aec6
+# %% ../nbs/11_pipeline.ipynb #3ecc5c8d
 def pick_device(
     name="auto",  # "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1" …, or a torch.device
 ) -> torch.device:
@@ -194,7 +194,7 @@ def _check_attention(name, device):
         why = backends[name].unusable(device) if name in backends else "there is no such back end"
         raise ValueError(f"attention={name!r} cannot be used: {why}; on {device.type} choose from {', '.join(usable)}")
 
-# %% ../nbs/11_pipeline.ipynb #ee3574e9
+# %% ../nbs/11_pipeline.ipynb #5028775c
 class _Model(nn.Module):
     "The parts of a model, and how they are made ready."
 
@@ -209,7 +209,7 @@ class _Model(nn.Module):
         self.cfg, self.attention, self._cond = cfg, "auto", None
         self.dit, self.projector, self.decoder, prompt = parts or (
             DiT(cfg), LQProjector(cfg.proj_dims, cfg.dim, variant=cfg.projector),
-            TCDecoder(cfg.decoder_channels, cfg.channels, residual=cfg.residual), torch.randn(1, context, cfg.text_dim))
+            TCDecoder(cfg.decoder_channels, cfg.channels, residual=cfg.residual, pyramid=cfg.pyramid), torch.randn(1, context, cfg.text_dim))
         self.context = nn.Parameter(prompt)
 
     @property
@@ -231,7 +231,7 @@ class _Model(nn.Module):
             self._cond = Conditioning(fn(c.t), fn(c.t6), [tuple(map(fn, kv)) for kv in c.prompt])
         return super()._apply(fn, *args, **kwargs)
 
-# %% ../nbs/11_pipeline.ipynb #9d028ac7
+# %% ../nbs/11_pipeline.ipynb #3aa51199
 class _Input:
     "Whatever can be upscaled, as an iterator of (H,W,3) uint8 frames, and what is known of it."
 
@@ -267,7 +267,7 @@ class _Input:
         if size is None:
             raise ValueError("input: no frames in it")
 
-# %% ../nbs/11_pipeline.ipynb #334ea8b5
+# %% ../nbs/11_pipeline.ipynb #e5db23e7
 @torch.inference_mode()
 def _enlarge(model, stream, frames):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W) uint8 in RAM."
@@ -291,7 +291,7 @@ def _run(model, stream, clip):
             yield np.ascontiguousarray(frame.transpose(1, 2, 0))
             sent += 1
 
-# %% ../nbs/11_pipeline.ipynb #0ae84fd7
+# %% ../nbs/11_pipeline.ipynb #d4470b5b
 def peak_memory(
     device,  # torch.device
 ):  # bytes; None where the system does not say
@@ -322,7 +322,7 @@ def _tell(frames, progress, total, device):
                 bar.set_postfix_str(f"memory {memory / 2**30:.2f} GiB", refresh=False)
             bar.update()
 
-# %% ../nbs/11_pipeline.ipynb #2e40d5da
+# %% ../nbs/11_pipeline.ipynb #146508aa
 @dataclass(frozen=True)
 class Upscaled:
     "What `FlashVSR.upscale` wrote."
@@ -352,7 +352,7 @@ def _write(clip, sr, output, device, *, fps, **options):
         raise
     return Upscaled(Path(output), writer.frames, width, height, time.perf_counter() - start, peak_memory(device))
 
-# %% ../nbs/11_pipeline.ipynb #84d7ca9e
+# %% ../nbs/11_pipeline.ipynb #8bf09edc
 class FlashVSR(_Model):
     "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
 

@@ -30,6 +30,12 @@ def decoder():
     return TCDecoder(WIDTHS).double().requires_grad_(False)
 
 
+@pytest.fixture(scope="module")
+def ours():
+    torch.manual_seed(2)
+    return TCDecoder(WIDTHS, residual=True, pyramid=True).double().requires_grad_(False)
+
+
 def inputs(steps, *, batch=1, h=2, w=3, start=True):
     "Latents and as many LQ frames as belong to them."
     lq = torch.rand(batch, 3, 4 * steps - 3 * start, 8 * h, 8 * w).double() * 2 - 1
@@ -44,6 +50,14 @@ def test_fold_puts_every_pixel_where_the_formula_says(g, b, c, t, y, x):
     lq = torch.rand(b, 3, 4 * g, 16, 24)
     channel = fold(lq)[:, ((c * 4 + t) * 8 + y) * 8 + x]
     assert torch.equal(channel, lq[:, c, t::4, y::8, x::8].transpose(0, 1).flatten(0, 1))
+
+
+@few
+@given(g=sizes, b=sizes, n=st.integers(1, 4), side=st.sampled_from([1, 2, 4]), data=st.data())
+def test_fold_of_other_sizes(g, b, n, side, data):
+    lq, (c, t, y, x) = torch.rand(b, 3, n * g, 8, 12), (data.draw(st.integers(0, m - 1)) for m in (3, n, side, side))
+    channel = fold(lq, n, patch=side)[:, ((c * n + t) * side + y) * side + x]
+    assert torch.equal(channel, lq[:, c, t::n, y::side, x::side].transpose(0, 1).flatten(0, 1))
 
 
 @few
@@ -100,6 +114,53 @@ def test_names_and_shapes_are_official():
     assert sum(p.numel() for p in model.parameters()) == 45_338_371
 
 
+def by_the_list(weights, latents, lq, pyramid=False):
+    "A whole clip, straight from the list of layers: every enlargement done, every step decoded on its own."
+    def conv(x, i, bias=True):
+        w = weights[f"decoder.{i}.weight"]
+        return F.conv2d(x, w, weights[f"decoder.{i}.bias"] if bias else None, padding=w.shape[-1] // 2)
+
+    def memory(steps, i):
+        out, past = [], torch.zeros_like(steps[0])
+        for x in steps:
+            y = torch.cat([x, past], 1)
+            for j in (0, 2, 4):
+                y = conv(y if j == 0 else y.relu(), f"{i}.conv.{j}")
+            out.append((x + y).relu())
+            past = x
+        return out
+
+    def grow(steps, i, times):
+        big = (F.interpolate(x, scale_factor=2, mode="nearest") for x in steps)
+        return [y for x in big for y in conv(x, f"{i}.conv", False).chunk(times, 1)]
+
+    lq = torch.cat([lq[:, :, :1]] * 3 + [lq], 2)
+    steps = [torch.cat([F.pixel_unshuffle(lq[:, :, 4 * t:4 * t + 4].flatten(1, 2), 8), latents[:, :, t]], 1)
+             for t in range(latents.shape[2])]
+    skips = {}
+    for first, i, n, side in ((5, 0, 4, 4), (11, 1, 2, 2), (17, 2, 1, 1)) if pyramid else ():
+        w, bias = weights[f"skips.{i}.weight"], weights.get(f"skips.{i}.bias")
+        skips[first] = [F.conv2d(F.pixel_unshuffle(lq[:, :, t:t + n].flatten(1, 2), side), w, bias,
+                                 padding=w.shape[-1] // 2) for t in range(0, lq.shape[2], n)]
+    steps = [conv(conv((x / 3).tanh() * 3, 1).relu(), 3, False).relu() for x in steps]
+    for first, times in ((5, 1), (11, 2), (17, 2)):
+        for i in range(first, first + 3):
+            steps = memory(steps, i)
+        steps = [conv(x, first + 5, False) for x in grow(steps, first + 4, times)]
+        if pyramid:
+            steps = [x + skip for x, skip in zip(steps, skips[first], strict=True)]
+    steps = [conv(conv(x.relu(), 24, False).relu(), 26) for x in steps]
+    return torch.stack(steps, 2)[:, :, 3:]
+
+
+def test_decoder_does_what_the_list_of_layers_says(decoder, ours):
+    latents, lq = inputs(3, batch=2)
+    want = by_the_list(decoder.state_dict(), 2 * latents, lq)
+    torch.testing.assert_close(decoder(2 * latents, lq)[0], want)
+    want = by_the_list(ours.state_dict(), 2 * latents, lq, pyramid=True) + (lq + 1) / 2
+    torch.testing.assert_close(ours(2 * latents, lq)[0], want)
+
+
 def test_strict_loading_refuses_a_missing_key():
     model = TCDecoder(WIDTHS)
     weights = model.state_dict()
@@ -110,8 +171,10 @@ def test_strict_loading_refuses_a_missing_key():
 
 
 @few
-@given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4), batch=st.integers(1, 3), tail=st.integers(1, 9))
-def test_chunks_batches_and_tail_change_nothing(decoder, chunks, batch, tail):
+@given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4), batch=st.integers(1, 3), tail=st.integers(1, 9),
+       with_pyramid=st.booleans())
+def test_chunks_batches_and_tail_change_nothing(decoder, ours, chunks, batch, tail, with_pyramid):
+    decoder = ours if with_pyramid else decoder
     latents, lq = inputs(sum(chunks), batch=batch)
     whole, end = decoder(latents, lq)
     state, at, frames = None, 0, []
@@ -184,7 +247,7 @@ def test_a_halo_of_19_cells_is_exact(decoder):
 
 
 def test_every_parameter_gets_a_gradient_through_a_chunk_border():
-    model = TCDecoder(WIDTHS, residual=True)
+    model = TCDecoder(WIDTHS, residual=True, pyramid=True)
     latents, lq = (x.float() for x in inputs(2))
     latents.requires_grad_()
     _, state = model(latents, lq)
