@@ -17,7 +17,7 @@ from torch import nn
 from .attention import LCSA, attend
 from .patching import apply_rope, block_grid, rope_table, window_merge, window_partition
 
-# %% ../nbs/04_dit.ipynb #79d4bd9c
+# %% ../nbs/04_dit.ipynb #a4872c97
 @dataclass(frozen=True)
 class ModelConfig:
     "The numbers that describe one model: DiT, LQ projector, decoder and the policies they were trained with"
@@ -61,8 +61,8 @@ class ModelConfig:
     def nano(cls): # ModelConfig
         "Our small model: under 5 M parameters, trained in minutes, shipped with the package"
         return cls(dim=256, heads=2, layers=2, ffn_dim=512, text_dim=64, freq_dim=64, proj_dims=(24, 64),
-                   decoder_channels=(64, 64, 32, 16), residual=True, pyramid=True, key_blocks=12., local_range=5, resize='torch',
-                   color_fix='none')
+                   decoder_channels=(64, 64, 32, 16), residual=True, pyramid=True, key_blocks=12., local_range=5,
+                   resize='torch', color_fix='none')
 
     @property
     def lcsa(self): # LCSA

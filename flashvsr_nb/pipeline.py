@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_at', 'prepare_lq', 'Stream', 'pick_device', 'peak_memory', 'Upscaled', 'FlashVSR']
 
-# %% ../nbs/11_pipeline.ipynb #848ec816
+# %% ../nbs/11_pipeline.ipynb #20bcd976
 import math, os, re, sys, time, warnings
 from collections import deque
 from dataclasses import dataclass
@@ -21,9 +21,10 @@ from .attention import backends
 from .decoder import TCDecoder, color_fix
 from .dit import Conditioning, DiT, ModelConfig
 from .kv_cache import KVCache, LQProjector, chunk
-from .video import VideoReader, VideoWriter, check_output
+from .video import VideoReader, VideoWriter
+from .weights import build, load_weights
 
-# %% ../nbs/11_pipeline.ipynb #736e1a11
+# %% ../nbs/11_pipeline.ipynb #a03f46d2
 def _mix(x):
     "The finaliser of splitmix64 on int64 tensors that wrap around: every bit of `x` reaches every bit of the result."
     for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)):
@@ -59,13 +60,13 @@ def noise_at(
         out[:, i] = torch.log1p(-u).mul_(-2).sqrt_() * torch.cos(2 * math.pi * v)  # Box and Muller
     return out[None]
 
-# %% ../nbs/11_pipeline.ipynb #50750f73
+# %% ../nbs/11_pipeline.ipynb #b145588c
 def _reflected(n: int, before: int, total: int):
     "Which of `n` rows stands at each of `total` places: mirrored at both ends, repeated where the mirror ends."
     i = torch.arange(-before, total - before).clamp(1 - n, 2 * n - 2)
     return (n - 1) - ((n - 1) - i.abs()).abs()
 
-# %% ../nbs/11_pipeline.ipynb #74fffc8f
+# %% ../nbs/11_pipeline.ipynb #4543f635
 def prepare_lq(
     frames,  # (F,H,W,3) uint8, or float in [0,1]; array or tensor
     *,
@@ -77,17 +78,15 @@ def prepare_lq(
     x = torch.as_tensor(frames)
     if x.ndim != 4 or x.shape[-1] != 3 or not x.numel():
         raise ValueError(f"prepare_lq: frames have shape {tuple(x.shape)}; it must be (F,H,W,3), none of them 0")
-    if resize not in ("torch", "pil"):
-        raise ValueError(f"prepare_lq: resize={resize!r}; allowed are 'torch' and 'pil'")
-    if scale != int(scale) or scale < 1:
-        raise ValueError(f"prepare_lq: scale={scale}; it must be a whole number from 1 up")
+    if resize not in ("torch", "pil") or scale != int(scale) or scale < 1:
+        raise ValueError(f"prepare_lq: resize={resize!r}, scale={scale}; allowed are 'torch', 'pil' and whole scales")
     if resize == "pil":
         x = _pil_resize(x if x.dtype == torch.uint8 else (x * 255).round().clamp(0, 255).byte(), int(scale))
     x = x.to(device).permute(0, 3, 1, 2).contiguous()
     x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
     if resize == "torch":
         x = F.interpolate(x, scale_factor=int(scale), mode="bicubic")
-    x = (x.clamp(0, 1) * 255).round_().mul_(2 / 255).sub_(1)
+    x = x.clamp_(0, 1).mul_(255).round_().mul_(2 / 255).sub_(1)
     crop = []
     for dim, n in ((2, x.shape[2]), (3, x.shape[3])):
         total = -(-n // 128) * 128
@@ -105,7 +104,7 @@ def _pil_resize(x, scale):
     frames = (Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in x.cpu().numpy())
     return torch.from_numpy(np.stack([np.asarray(f) for f in frames]))
 
-# %% ../nbs/11_pipeline.ipynb #f6865fba
+# %% ../nbs/11_pipeline.ipynb #fb1e616d
 def _injected(noise, need, latents):
     "The latent frames `latents` of the user's own noise, which must have `need` channels, rows and columns."
     if noise.ndim != 5 or (noise.shape[1], *noise.shape[3:]) != need or noise.shape[2] < latents.stop:
@@ -113,7 +112,7 @@ def _injected(noise, need, latents):
                          f"T at least {latents.stop} so far")
     return noise[:, :, latents.start:latents.stop]
 
-
+# %% ../nbs/11_pipeline.ipynb #156fb07d
 class Stream:
     "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
 
@@ -140,9 +139,9 @@ class Stream:
     ) -> torch.Tensor:  # (B,16,6,H/8,W/8), then (B,16,2,H/8,W/8)
         "LQ tokens, noise, one step of the DiT: clean latents x0 = noise - velocity (spec 5)."
         m, at, h, w = self.model, chunk(self.k).latents, lq.shape[-2] // 8, lq.shape[-1] // 8
-        tokens, self.projector = m.projector(lq, self.projector)
         x = (noise_at(at, h, w, seed=self.seed, channels=m.cfg.channels) if self.noise is None
              else _injected(self.noise, (m.cfg.channels, h, w), at)).to(lq).expand(len(lq), -1, -1, -1, -1)
+        tokens, self.projector = m.projector(lq, self.projector)
         if self.caches is None:
             self.caches = [self.cache(h * w // 2, keep=self.kv_slabs) for _ in m.dit.blocks]
         self.k += 1
@@ -154,8 +153,12 @@ class Stream:
         lq: torch.Tensor,  # (B,3,21,H,W), then (B,3,8,H,W): the frames that come out
     ) -> torch.Tensor:  # as `lq`, float32, about [-1,1]
         "Pixels of a chunk, their colours not yet corrected."
-        y, self.decoder = self.model.decoder(latents, lq, self.decoder)
-        return 2 * y.float() - 1
+        y = []
+        for part in latents.split(2, 2):  # the six latents of the first chunk at once would triple the memory needed
+            n = 4 * part.shape[2] - 3 * (self.decoder is None)
+            frames, self.decoder = self.model.decoder(part, lq[:, :, :n], self.decoder)
+            y, lq = [*y, 2 * frames.float() - 1], lq[:, :, n:]
+        return torch.cat(y, 2)
 
     def push(
         self,
@@ -171,10 +174,10 @@ class Stream:
         lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()  # a view would keep the whole chunk alive
         return color_fix(self.decode(latents, lq.to(dtype)), lq, method=self.model.cfg.color_fix)
 
-# %% ../nbs/11_pipeline.ipynb #3ecc5c8d
+# %% ../nbs/11_pipeline.ipynb #290cc1bd
 def pick_device(
     name="auto",  # "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1" …, or a torch.device
-) -> torch.device:
+) -> torch.device:  # one that is there
     "The device meant, or one line on why it cannot be used."
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if str(name) == "auto":
@@ -194,7 +197,7 @@ def _check_attention(name, device):
         why = backends[name].unusable(device) if name in backends else "there is no such back end"
         raise ValueError(f"attention={name!r} cannot be used: {why}; on {device.type} choose from {', '.join(usable)}")
 
-# %% ../nbs/11_pipeline.ipynb #5028775c
+# %% ../nbs/11_pipeline.ipynb #ccc87d73
 class _Model(nn.Module):
     "The parts of a model, and how they are made ready."
 
@@ -204,12 +207,14 @@ class _Model(nn.Module):
         *,
         context: int = 8,  # prompt positions of a new model
         parts=None,  # (dit, projector, decoder, context) to use; None: new ones with random weights
+        attention: str = "auto",  # back end
     ):
         super().__init__()
-        self.cfg, self.attention, self._cond = cfg, "auto", None
+        self.cfg, self.attention, self._cond = cfg, attention, None
         self.dit, self.projector, self.decoder, prompt = parts or (
             DiT(cfg), LQProjector(cfg.proj_dims, cfg.dim, variant=cfg.projector),
-            TCDecoder(cfg.decoder_channels, cfg.channels, residual=cfg.residual, pyramid=cfg.pyramid), torch.randn(1, context, cfg.text_dim))
+            TCDecoder(cfg.decoder_channels, cfg.channels, residual=cfg.residual, pyramid=cfg.pyramid),
+            torch.randn(1, context, cfg.text_dim))
         self.context = nn.Parameter(prompt)
 
     @property
@@ -231,7 +236,7 @@ class _Model(nn.Module):
             self._cond = Conditioning(fn(c.t), fn(c.t6), [tuple(map(fn, kv)) for kv in c.prompt])
         return super()._apply(fn, *args, **kwargs)
 
-# %% ../nbs/11_pipeline.ipynb #3aa51199
+# %% ../nbs/11_pipeline.ipynb #3edf713c
 class _Input:
     "Whatever can be upscaled, as an iterator of (H,W,3) uint8 frames, and what is known of it."
 
@@ -248,7 +253,7 @@ class _Input:
         self.frames = self._read(iter(input))
 
     def _read(self, frames):
-        size, noticed = None, False
+        size = None
         for i, frame in enumerate(frames):
             a = np.asarray(frame)
             a = a[..., None] if a.ndim == 2 else a
@@ -259,21 +264,20 @@ class _Input:
             if a.shape[:2] != size:
                 raise ValueError(f"input: frame {i} is {a.shape[1]}x{a.shape[0]}, the first {size[1]}x{size[0]}; "
                                  "a size that changes is not supported")
-            if a.shape[2] == 4 and not noticed:
+            if a.shape[2] == 4 and i == 0:
                 warnings.warn("input: transparency is dropped", stacklevel=2)
-                noticed = True
             self.stamps.append(getattr(frames, "pts", None))
             yield np.repeat(a, 3, 2) if a.shape[2] == 1 else a[..., :3]
         if size is None:
             raise ValueError("input: no frames in it")
 
-# %% ../nbs/11_pipeline.ipynb #e5db23e7
+# %% ../nbs/11_pipeline.ipynb #35eacb3d
 @torch.inference_mode()
 def _enlarge(model, stream, frames):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W) uint8 in RAM."
     lq, (rows, cols) = prepare_lq(np.stack(frames), resize=model.cfg.resize, device=model.context.device)
     sr = stream.push(lq)[0, :, :, rows, cols]
-    return sr.add(1).mul_(127.5).round_().byte().transpose(0, 1).cpu().numpy()
+    return sr.add_(1).mul_(127.5).round_().byte().transpose(0, 1).cpu().numpy()
 
 
 def _run(model, stream, clip):
@@ -282,16 +286,15 @@ def _run(model, stream, clip):
     while True:
         want = len(chunk(stream.k).lq)
         new = list(islice(clip.frames, want))
-        ended, given = len(new) < want, given + len(new)
+        ended, given, last = len(new) < want, given + len(new), new[-1:] or last
         if ended and sent == given:
             return
-        last = new[-1:] or last
-        sr = _enlarge(model, stream, new + last * (want - len(new)))  # the last frame stands in for those that miss
-        for frame in sr[:given - sent]:
-            yield np.ascontiguousarray(frame.transpose(1, 2, 0))
-            sent += 1
+        new += last * (want - len(new))  # the last frame stands in for those that miss
+        yield from (np.ascontiguousarray(sr.transpose(1, 2, 0)) for sr in _enlarge(model, stream, new)[:given - sent])
+        sent = min(given, chunk(stream.k - 1).frames.stop)
+        del new
 
-# %% ../nbs/11_pipeline.ipynb #d4470b5b
+# %% ../nbs/11_pipeline.ipynb #9c491475
 def peak_memory(
     device,  # torch.device
 ):  # bytes; None where the system does not say
@@ -307,22 +310,18 @@ def peak_memory(
 
 def _tell(frames, progress, total, device):
     "Pass frames on and tell how many: by a bar on stderr, or to a function of (done, total)."
-    if not progress or callable(progress):
-        for done, frame in enumerate(frames, 1):
-            yield frame
-            if progress:
-                progress(done, total)
-        return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=" frames", dynamic_ncols=True) as bar:
-        for frame in frames:
+    hidden = not progress or callable(progress)
+    with tqdm(total=total, unit=" frames", dynamic_ncols=True, disable=hidden) as bar:
+        for done, frame in enumerate(frames, 1):
             yield frame
-            if memory := peak_memory(device):
-                bar.set_postfix_str(f"memory {memory / 2**30:.2f} GiB", refresh=False)
+            bar.set_postfix_str(f"memory {(peak_memory(device) or math.nan) / 2**30:.2f} GiB", refresh=False)
             bar.update()
+            if callable(progress):
+                progress(done, total)
 
-# %% ../nbs/11_pipeline.ipynb #146508aa
+
 @dataclass(frozen=True)
 class Upscaled:
     "What `FlashVSR.upscale` wrote."
@@ -341,18 +340,21 @@ def _write(clip, sr, output, device, *, fps, **options):
     clip.frames = chain([first], clip.frames)
     height, width = (4 * n for n in first.shape[:2])
     sound = info.path if info and info.audio else None
+    if Path(output).suffix.lower() == ".png" and (clip.total or 1) > 1:
+        raise ValueError(f"{output}: a .png holds one frame, the input has {clip.total}; write to a folder or a video")
     writer = VideoWriter(output, width, height, fps=fps, like=info, audio_from=sound, **options)
     try:
         with writer:
             for frame in sr:
                 stamp = clip.stamps.popleft()
                 writer.write(frame, stamp if fps is None else None)
-    except KeyboardInterrupt as stop:
-        stop.add_note(f"the first {writer.frames} frames are in {output}" if writer.frames else "nothing was written")
+    except BaseException as stop:
+        kept = writer.frames if isinstance(stop, KeyboardInterrupt) else 0
+        stop.add_note(f"the first {kept} frames are in {output}" if kept else "nothing was written")
         raise
     return Upscaled(Path(output), writer.frames, width, height, time.perf_counter() - start, peak_memory(device))
 
-# %% ../nbs/11_pipeline.ipynb #8bf09edc
+# %% ../nbs/11_pipeline.ipynb #e11aabb0
 class FlashVSR(_Model):
     "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
 
@@ -367,15 +369,10 @@ class FlashVSR(_Model):
         attention: str = "auto",  # back end; "auto": the fastest exact one
     ):  # FlashVSR, ready to run
         "Load a model; what only its start needs is dropped again."
-        from flashvsr_nb.weights import build, load_weights
-
         device = pick_device(device)
         _check_attention(attention, device)
         weights = load_weights(name, version=version)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        model = cls(weights.cfg, parts=build(weights, device, dtype)).freeze()
-        model.attention = attention
-        return model
+        return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention).freeze()
 
     def upscale(
         self,
@@ -391,9 +388,6 @@ class FlashVSR(_Model):
     ):  # with an output: Upscaled; else uint8 (F,4H,4W,3) or (4H,4W,3) for an array, an iterator of frames for the rest
         "Four times the size, frame for frame, in memory that does not depend on the number of frames."
         noise_at(range(0), 1, 1, seed=seed)  # refuses a wrong seed now
-        if output is not None:
-            source = input if isinstance(input, (str, os.PathLike)) else None
-            check_output(output, source=source, overwrite=overwrite)
         clip, device = _Input(input), self.context.device
         stream = Stream(self, seed=seed, noise=noise, backend=self.attention)
         sr = _tell(_run(self, stream, clip), progress, clip.total, device)

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'PROMPT', 'FILES', 'empty_modules', 'check_state', 'weights_version', 'config_to_json', 'config_from_json',
            'Weights', 'save_weights', 'load_weights', 'build']
 
-# %% ../nbs/06a_weights.ipynb #1fb472a0
+# %% ../nbs/06a_weights.ipynb #0d07dd95
 import json
 import os
 import re
@@ -24,7 +24,7 @@ from .decoder import TCDecoder
 from .dit import DiT, ModelConfig
 from .kv_cache import LQProjector
 
-# %% ../nbs/06a_weights.ipynb #b87af466
+# %% ../nbs/06a_weights.ipynb #2345f76c
 def empty_modules(
     cfg: ModelConfig,  # sizes
 ) -> dict:  # "dit", "projector", "decoder": modules on the meta device, names and shapes without memory
@@ -35,7 +35,7 @@ def empty_modules(
         return {"dit": DiT(cfg), "projector": LQProjector(cfg.proj_dims, cfg.dim, variant=cfg.projector),
                 "decoder": TCDecoder(cfg.decoder_channels, cfg.channels, **options)}
 
-# %% ../nbs/06a_weights.ipynb #bd301a33
+# %% ../nbs/06a_weights.ipynb #b9430dfe
 def _header(path):
     "The JSON header of a safetensors file, once it is sure that all the bytes it promises are there."
     size = path.stat().st_size
@@ -66,7 +66,7 @@ def _read_safetensors(path):
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); download it again") from None
 
-# %% ../nbs/06a_weights.ipynb #7c02faac
+# %% ../nbs/06a_weights.ipynb #ae5b2829
 def _read_torch(path):
     "What a .ckpt or .pth file holds; only tensors and plain containers, its code is never run."
     damaged = f"{path}: cannot be read: the download stopped early, or it is no torch file; download it again"
@@ -83,7 +83,7 @@ def _read_torch(path):
         raise ValueError(f"{path}: refused: it does not only hold tensors, loading it would call {call[1]}; "
                          "get it from its authors") from None
 
-# %% ../nbs/06a_weights.ipynb #36dd96eb
+# %% ../nbs/06a_weights.ipynb #3796e8a0
 def check_state(
     state: dict,  # tensors by name
     module: nn.Module,  # that they are meant for; may be on the meta device
@@ -108,7 +108,7 @@ def check_state(
 def _first(names, most=3):
     return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
 
-# %% ../nbs/06a_weights.ipynb #314caef2
+# %% ../nbs/06a_weights.ipynb #2a9f3117
 RULES = {"v1": "buffer", "v1.1": "causal"}  # version of the official weights -> cache rule of the LQ projector
 
 
@@ -133,7 +133,7 @@ def weights_version(
                          "say version='v1' or version='v1.1' (command line: --weights-version)")
     return version or named
 
-# %% ../nbs/06a_weights.ipynb #ff1bc972
+# %% ../nbs/06a_weights.ipynb #f70d70a9
 def config_to_json(
     cfg: ModelConfig,  # any
 ) -> str:  # JSON object with every field
@@ -162,7 +162,7 @@ def config_from_json(
             raise ValueError(f"{source}: {name}={value!r} in the configuration must be of type {types[name].__name__}")
     return ModelConfig(**given)
 
-# %% ../nbs/06a_weights.ipynb #83ee0052
+# %% ../nbs/06a_weights.ipynb #6eb546e5
 @dataclass(frozen=True)
 class Weights:
     "Everything that makes a trained model; checked, and its tensors perhaps still on disk."
@@ -192,7 +192,7 @@ def _checked(cfg, parts, *, source, names):
 PROMPT = ("the official one, posi_prompt.pth, is in the source repository of FlashVSR, "
           "folder examples/WanVSR/prompt_tensor")
 
-# %% ../nbs/06a_weights.ipynb #8140e68b
+# %% ../nbs/06a_weights.ipynb #30ad4759
 def save_weights(
     path,  # file to write, *.safetensors; an existing one is replaced
     cfg: ModelConfig,  # sizes and rules
@@ -223,7 +223,7 @@ def save_weights(
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../nbs/06a_weights.ipynb #4b445c1e
+# %% ../nbs/06a_weights.ipynb #49eaee4b
 FILES = {"dit": "diffusion_pytorch_model_streaming_dmd.safetensors", "projector": "LQ_proj_in.ckpt",
          "decoder": "TCDecoder.ckpt", "context": "posi_prompt.pth"}  # of an official release
 
@@ -263,7 +263,7 @@ def _load_file(path, version, source):
         raise ValueError(f"{source}: keys start with {_first(unexpected)}; allowed are {', '.join(FILES)}")
     return _checked(cfg, parts, source=source, names=dict.fromkeys(FILES, source))
 
-# %% ../nbs/06a_weights.ipynb #e645548c
+# %% ../nbs/06a_weights.ipynb #1daab383
 def load_weights(
     name="nano",  # "nano", a file that `save_weights` wrote, or a folder with the official files
     *,
@@ -285,7 +285,7 @@ def load_weights(
                          f"save_weights, or a folder with {', '.join(FILES.values())}")
     return _load_file(path, version, str(path))
 
-# %% ../nbs/06a_weights.ipynb #8f6f16f0
+# %% ../nbs/06a_weights.ipynb #70af8cf5
 def build(
     weights: Weights,  # from `load_weights`
     device="cpu",  # where the modules are wanted

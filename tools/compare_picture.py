@@ -8,7 +8,7 @@ from flashvsr_nb.pipeline import FlashVSR
 from flashvsr_nb.video import read_video
 
 ROOT = Path(__file__).resolve().parent.parent
-FRAME, LEFT, TOP, WIDTH, HEIGHT = 12, 230, 120, 100, 60  # the part, in HR pixels
+FRAME, LEFT, TOP, WIDTH, HEIGHT = 12, 370, 90, 150, 90  # the part, in HR pixels
 
 
 def main():
