@@ -117,6 +117,7 @@ def test_linter_accepts_a_good_notebook(tmp_path):
     ("lines of code", dict(more=[cell("x = 1\n" * 61)])),
     ("columns", dict(more=[cell("x = " + "1" * 120)])),
     ("another output at every run", dict(more=[cell("%%time\nx = 1")])),
+    ("gradients stay off", dict(show="torch.set_grad_enabled(False)\nassert double(2) == 4")),
     ("MB, allowed", dict(outputs=[display(image_png="A" * 2_100_000)])),
 ])
 def test_linter_refuses(tmp_path, said, changes):

@@ -96,6 +96,14 @@ def check_cells(nb, path):
     return problems
 
 
+def check_leaks(nb):
+    "nbdev_test runs one notebook after another in a process: what the next would miss must be put back."
+    code = "\n".join(c["source"] for c in nb["cells"] if c["cell_type"] == "code")
+    if re.findall(r"\bset_grad_enabled\((\w+)\)", code)[-1:] == ["False"]:
+        return ["gradients stay off: end the last code cell with torch.set_grad_enabled(True)"]
+    return []
+
+
 def neighbours(path):
     "The numbered notebooks before and after this one in its folder (None at the ends)."
     names = sorted(p.name for p in Path(path).parent.glob("[0-9]*.ipynb"))
@@ -208,7 +216,7 @@ def lint(path, tests=""):
     "All problems of the notebook at `path`; `tests` is the text of the test suite."
     path = Path(path)
     nb = read(path)
-    problems = check_outputs(nb) + check_cells(nb, path)
+    problems = check_outputs(nb) + check_cells(nb, path) + check_leaks(nb)
     if path.stem != "index":
         problems += check_lesson(nb, path) + check_names(nb, tests)
     return [f"{path.name}: {p}" for p in problems]
