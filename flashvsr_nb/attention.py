@@ -42,15 +42,15 @@ def attend_reference(
     p = (score - score.amax(-1, keepdim=True).clamp_min(torch.finfo(exact).min)).exp()  # -inf - finite: no NaN
     return (p / p.sum(-1, keepdim=True).clamp_min(1e-30) @ v.to(exact)).to(q.dtype)
 
-# %% ../nbs/03_attention.ipynb #9007e92d
+# %% ../nbs/03_attention.ipynb #9e84de17
 def pool_blocks(
     x: torch.Tensor,  # (B,heads,tokens,d) in window order
     block: int,  # tokens per block
 ) -> torch.Tensor:  # (B,heads,blocks,d)
-    "One mean vector per block (spec 4.1)."
+    "One mean vector per block."
     return x.unflatten(2, (-1, block)).mean(3)
 
-# %% ../nbs/03_attention.ipynb #5dd7edd7
+# %% ../nbs/03_attention.ipynb #114c77ae
 def locality_mask(
     rows: int,  # block rows of a slab
     cols: int,  # block columns of a slab
@@ -58,7 +58,7 @@ def locality_mask(
     *,
     device=None,  # where the mask is wanted
 ) -> torch.Tensor:  # bool (S,S), S = rows*cols: may query block i see key block j of any slab?
-    "Which block may look at which: -⌊R/2⌋ <= distance <= R-1-⌊R/2⌋ on both axes (spec 4.2)."
+    "Which block may look at which: -⌊R/2⌋ <= distance <= R-1-⌊R/2⌋ on both axes."
     if local_range < 1:
         raise ValueError(f"locality_mask: local_range={local_range}; it must be at least 1, a block's own place")
 
@@ -67,7 +67,7 @@ def locality_mask(
         return (distance >= -(local_range // 2)) & (distance <= local_range - 1 - local_range // 2)
     return (near(rows)[:, None, :, None] & near(cols)[None, :, None, :]).reshape(rows * cols, rows * cols)
 
-# %% ../nbs/03_attention.ipynb #86f42189
+# %% ../nbs/03_attention.ipynb #a143d724
 def block_probabilities(
     q: torch.Tensor,  # (B,heads,query tokens,d) in window order, whole slabs
     k: torch.Tensor,  # (B,heads,key tokens,d), whole slabs
@@ -75,7 +75,7 @@ def block_probabilities(
     local: torch.Tensor,  # bool (S,S) from `locality_mask`
     block_size: tuple = (128, 128),  # tokens per query and per key block; the first a multiple of the second
 ) -> torch.Tensor:  # (B,heads,query blocks,key blocks) float32, rows sum to one
-    "Draft attention between block means, softmax over the allowed key blocks (spec 4.1-4.3)."
+    "Draft attention between block means, softmax over the allowed key blocks."
     (bq, bk), s = block_size, len(local)
     if bq % bk or q.shape[2] % (s * bq) or k.shape[2] % (s * bq):
         raise ValueError(f"block_probabilities: {q.shape[2]} query and {k.shape[2]} key tokens; both must be whole "
@@ -85,14 +85,14 @@ def block_probabilities(
     allow = allow.repeat(score.shape[-2] // allow.shape[0], score.shape[-1] // allow.shape[1])
     return score.float().masked_fill(~allow, -math.inf).softmax(-1)
 
-# %% ../nbs/03_attention.ipynb #aec9161b
+# %% ../nbs/03_attention.ipynb #3f8ca40f
 def select_blocks(
     p: torch.Tensor,  # (B,heads,query blocks,key blocks) draft probabilities
     *,
     topk: int,  # entries to keep per head and query slab
     slab: int,  # query blocks S of one slab: they share the budget
 ) -> torch.Tensor:  # bool, as p
-    "Keep the entries strictly above the (topk+1)-th largest of their head and query slab (spec 4.3)."
+    "Keep the entries strictly above the (topk+1)-th largest of their head and query slab."
     if slab < 1 or p.shape[2] % slab:
         raise ValueError(f"select_blocks: {p.shape[2]} query blocks are not whole slabs of slab={slab} blocks")
     if topk <= 0:
@@ -101,10 +101,10 @@ def select_blocks(
     threshold = groups.topk(min(topk, groups.shape[-1] - 1) + 1, -1).values[..., -1:]
     return (groups > threshold).view_as(p)
 
-# %% ../nbs/03_attention.ipynb #2d756ecc
+# %% ../nbs/03_attention.ipynb #197396cd
 @dataclass(frozen=True)
 class LCSA:
-    "Locality-constrained sparse attention: which key blocks a query block reads (spec 4)."
+    "Locality-constrained sparse attention: which key blocks a query block reads."
 
     key_blocks: float = 120.0  # average number of 128-token key blocks per query block
     local_range: int = 11  # window side R, blocks

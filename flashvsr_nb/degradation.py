@@ -137,7 +137,7 @@ def _checked(
         warnings.warn(f"degrade: {a.shape[1]}x{a.shape[0]} is cut to {w}x{h}, a multiple of {scale}")
     return a[:h, :w]
 
-# %% ../nbs/01_degradation.ipynb #a9b02a4b
+# %% ../nbs/01_degradation.ipynb #b99acf40
 _BT709, _LIMITED, _FULL = 1, 1, 2  # how colours are coded, in FFmpeg's numbers
 
 
@@ -146,8 +146,10 @@ def encode_h264(
     *,
     crf: float = 23,  # x264's constant rate factor: 0 (best) to 51
 ):  # iterator of packets in coding order; `packet.size` in bytes
-    "Compress with x264: 4:2:0, BT.709, 25 frames/s, one thread, odd sizes continued to even."
+    "Compress with x264: 4:2:0, BT.709, 25 frames/s, odd sizes continued to even; the same bytes at every run."
     import av
+
+    from flashvsr_nb.video import _rgb_to_yuv
 
     if not 0 <= crf <= 51:
         raise ValueError(f"crf={crf}; it must be between 0 and 51")
@@ -159,26 +161,30 @@ def encode_h264(
             encoder = av.CodecContext.create("libx264", "w")
             encoder.height, encoder.width, encoder.pix_fmt = *a.shape[:2], "yuv420p"
             encoder.time_base, encoder.framerate, encoder.thread_count = Fraction(1, 25), Fraction(25), 1
-            encoder.options = {"crf": str(crf)}
+            encoder.options = {"crf": str(crf), "x264-params": "asm=SSE2"}
+            colours = _rgb_to_yuv(a.shape[1], a.shape[0], "yuv420p", _BT709, _LIMITED, encoder.time_base)
         f = av.VideoFrame.from_ndarray(a, format="rgb24")
-        f = f.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED)
-        f.pts = i
-        yield from encoder.encode(f)
+        f.pts, f.time_base = i, encoder.time_base
+        colours.push(f)
+        yield from encoder.encode(colours.pull())
     if encoder:
         yield from encoder.encode(None)
 
-# %% ../nbs/01_degradation.ipynb #843da551
+# %% ../nbs/01_degradation.ipynb #cb2410d8
 def _decode_h264(
     packets,  # packets from `encode_h264`
 ):  # iterator of uint8 (H,W,3) in display order
     "The frames in `packets`."
     import av
+    from av.video.reformatter import Interpolation
 
+    exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     decoder = av.CodecContext.create("h264", "r")
     decoder.thread_count = 1
     for packet in itertools.chain(packets, [None]):
         for f in decoder.decode(packet):
-            f = f.reformat(format="rgb24", src_colorspace=_BT709, src_color_range=_LIMITED, dst_color_range=_FULL)
+            f = f.reformat(format="rgb24", src_colorspace=_BT709, src_color_range=_LIMITED, dst_color_range=_FULL,
+                           interpolation=exact)
             yield f.to_ndarray()
 
 

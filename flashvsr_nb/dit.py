@@ -69,14 +69,14 @@ class ModelConfig:
         "The mask policy these weights were trained with"
         return LCSA(self.key_blocks, self.local_range)
 
-# %% ../nbs/04_dit.ipynb #363cdbb3
+# %% ../nbs/04_dit.ipynb #73d44659
 def timestep_embedding(
     t: float, # diffusion time, 0 (clean) .. 1000 (noise)
     dim: int, # width, even
     *,
     device=None, # where it is wanted; needs float64 there
 ) -> torch.Tensor: # (1, dim) float64: cosines, then sines, of t * 10000^(-2i/dim)
-    "Sinusoidal embedding of the diffusion time (spec 3.2)"
+    "Sinusoidal embedding of the diffusion time"
     angle = t * 10000. ** (-torch.arange(dim // 2, dtype=torch.float64, device=device) / (dim // 2))
     return torch.cat([angle.cos(), angle.sin()])[None]
 
@@ -91,9 +91,9 @@ def modulate(
     "adaLN: a layer norm whose gain and offset come from the condition"
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
-# %% ../nbs/04_dit.ipynb #34a5c1aa
+# %% ../nbs/04_dit.ipynb #84514c1b
 class RMSNorm(nn.Module):
-    "x / rms(x) * weight over the last axis, in float32 (spec 3.5)"
+    "x / rms(x) * weight over the last axis, in float32"
     def __init__(
         self,
         dim: int, # width
@@ -123,9 +123,9 @@ class _Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim, cfg.eps), RMSNorm(cfg.dim, cfg.eps)
 
-# %% ../nbs/04_dit.ipynb #a17e0c9e
+# %% ../nbs/04_dit.ipynb #92c7532e
 class SelfAttention(_Attention):
-    "Windowed block-sparse attention of a chunk on itself and on what the KV cache remembers (spec 3.5)"
+    "Windowed block-sparse attention of a chunk on itself and on what the KV cache remembers"
     def forward(
         self,
         x: torch.Tensor, # (B, L, D) in window order
@@ -165,9 +165,9 @@ class CrossAttention(_Attention):
         "Keys and values of the prompt"
         return _heads(self.norm_k(self.k(c)), self.heads), _heads(self.v(c), self.heads)
 
-# %% ../nbs/04_dit.ipynb #d4b2ecfd
+# %% ../nbs/04_dit.ipynb #e6707f57
 class Block(nn.Module):
-    "One DiT block: self-attention and FFN with adaLN and gates, cross-attention between them (spec 3.5)"
+    "One DiT block: self-attention and FFN with adaLN and gates, cross-attention between them"
     def __init__(
         self,
         cfg: ModelConfig, # sizes
@@ -193,9 +193,9 @@ class Block(nn.Module):
         x = x + self.cross_attn(self.norm3(x), prompt)
         return x + gate2 * self.ffn(modulate(x, shift2, scale2, eps=self.eps))
 
-# %% ../nbs/04_dit.ipynb #3c427185
+# %% ../nbs/04_dit.ipynb #94d1fa8c
 class Head(nn.Module):
-    "Tokens to latent patches, with adaLN (spec 3.3)"
+    "Tokens to latent patches, with adaLN"
     def __init__(
         self,
         cfg: ModelConfig, # sizes
@@ -213,15 +213,15 @@ class Head(nn.Module):
         "Shift and scale by the time vector, then one linear map"
         return self.head(modulate(x, *(self.modulation + t[:, None]).split(1, 1), eps=self.eps))
 
-# %% ../nbs/04_dit.ipynb #2a37f636
+# %% ../nbs/04_dit.ipynb #ba78d830
 @dataclass
 class Conditioning:
-    "What time step and prompt contribute: constant in one-step inference, computed once (spec 3.2)"
+    "What time step and prompt contribute: constant in one-step inference, computed once"
     t: torch.Tensor # (1, D)
     t6: torch.Tensor # (1, 6, D)
     prompt: list # per block: (k, v), each (1, heads, n, d)
 
-# %% ../nbs/04_dit.ipynb #fcbd2d0f
+# %% ../nbs/04_dit.ipynb #8e6a7cfb
 class DiT(nn.Module):
     "The streaming video DiT; module and parameter names are those of the official checkpoint (825 tensors)"
     def __init__(
@@ -253,7 +253,7 @@ class DiT(nn.Module):
         return Conditioning(e, self.time_projection(e).unflatten(1, (6, -1)), prompt)
 
     def drop_conditioning(self):
-        "Free what `condition` alone uses: 319 MiB of the official model in bf16 (spec 3.2)"
+        "Free what `condition` alone uses: 319 MiB of the official model in bf16"
         del self.text_embedding, self.time_embedding, self.time_projection
         for b in self.blocks: del b.cross_attn.k, b.cross_attn.v, b.cross_attn.norm_k
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/05_kv_cache.ipynb #254f0ed0
+# %% ../nbs/05_kv_cache.ipynb #95d1532d
 @dataclass(frozen=True)
 class Chunk:
-    "What one DiT call handles (spec 5)"
+    "What one DiT call handles"
     latents: range # absolute latent frames: 6 in the first chunk, then 2
     lq: range # input frames that the projector reads for it
     frames: range # output frames it gives = input frames that the decoder is conditioned on
@@ -23,7 +23,7 @@ class Chunk:
 def chunk(
     k: int, # chunk number, from 0
 ) -> Chunk:
-    "The k-th chunk of a stream: it reads 4 frames further than it gives (spec 5)"
+    "The k-th chunk of a stream: it reads 4 frames further than it gives"
     if k == 0: return Chunk(range(0, 6), range(0, 25), range(0, 21))
     return Chunk(range(4 + 2 * k, 6 + 2 * k), range(8 * k + 17, 8 * k + 25), range(8 * k + 13, 8 * k + 21))
 
@@ -128,9 +128,9 @@ def stacked_conv(
     taps = taps.view(n, 3, 3, -1, h, w)
     return sum(taps[:, i, j, :, i:h - 2 + i, j:w - 2 + j] for i in range(3) for j in range(3)) + bias[:, None, None]
 
-# %% ../nbs/05_kv_cache.ipynb #c6590293
+# %% ../nbs/05_kv_cache.ipynb #408fea50
 class ChannelNorm(nn.Module):
-    "Divide by the root mean square over channels, times a gain (spec 2.2)"
+    "Divide by the root mean square over channels, times a gain"
     def __init__(
         self,
         channels: int, # of the input
@@ -145,9 +145,9 @@ class ChannelNorm(nn.Module):
         "Normalise the channels"
         return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma[..., 0]
 
-# %% ../nbs/05_kv_cache.ipynb #737961b2
+# %% ../nbs/05_kv_cache.ipynb #c30e0c6a
 class LQProjector(nn.Module):
-    "LQ frames to DiT tokens, 4 frames ahead of the latents they condition (spec 2); keys as in LQ_proj_in.ckpt"
+    "LQ frames to DiT tokens, 4 frames ahead of the latents they condition; keys as in LQ_proj_in.ckpt"
     def __init__(
         self,
         dims: tuple = (2048, 3072), # outputs of the two convolutions
@@ -199,7 +199,7 @@ class LQProjector(nn.Module):
 
     @staticmethod
     def _conv(conv, norm, x): # (B, 2+2m, C, h, w) -> (B, m, C', h, w)
-        "The 3-D convolution of stride 2 as a 2-D one over 4 stacked frames: the same sums (spec 2.3)"
+        "The 3-D convolution of stride 2 as a 2-D one over 4 stacked frames: the same sums"
         x = x.unfold(1, 4, 2) # B, m, C, h, w, 4
         b, m, c, h, w, _ = x.shape
         x = F.pad(x.permute(0, 1, 2, 5, 3, 4).reshape(b * m, c * 4, h, w), (1, 1, 1, 1), mode='replicate')

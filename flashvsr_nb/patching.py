@@ -79,7 +79,7 @@ class PatchEmbed(nn.Module):
         "Patches to tokens."
         return self.proj(patchify(x, self.patch)) + self.pos
 
-# %% ../nbs/02_patching.ipynb #33721e27
+# %% ../nbs/02_patching.ipynb #b6085da8
 WINDOW = (2, 8, 8)  # one block: 2 latent frames x 8 x 8 patches = 128 tokens = 128x128 output pixels x 8 frames
 
 
@@ -87,17 +87,17 @@ def block_grid(
     h: int,  # tokens per column (output height / 16)
     w: int,  # tokens per row (output width / 16)
 ) -> tuple:  # (rows, cols) of blocks in one slab; their product is S
-    "The block grid of one slab (spec 3.5)."
+    "The block grid of one slab."
     if h % WINDOW[1] or w % WINDOW[2] or h < 1 or w < 1:
         raise ValueError(f"block_grid: {h}x{w} tokens do not divide into {WINDOW[1]}x{WINDOW[2]} windows; "
                          "output sides must be multiples of 128")
     return h // WINDOW[1], w // WINDOW[2]
 
-# %% ../nbs/02_patching.ipynb #1ad68e42
+# %% ../nbs/02_patching.ipynb #186c8d8e
 def window_partition(
     x: torch.Tensor,  # (B,F,h,w,D) tokens on their grid; F even, h and w multiples of 8
 ) -> torch.Tensor:  # (B,F*h*w,D) in window order: blocks by (slab, row, column), inside a block (2,8,8)
-    "Put tokens in window order: each run of 128 tokens is one block (spec 3.5)."
+    "Put tokens in window order: each run of 128 tokens is one block."
     b, f, h, w, d = x.shape
     if f % WINDOW[0]:
         raise ValueError(f"window_partition: {f} latent frames; it must be a multiple of {WINDOW[0]}")
@@ -119,14 +119,14 @@ def window_merge(
     x = x.view(x.shape[0], f // WINDOW[0], rows, cols, *WINDOW, x.shape[-1])
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[0], f, h, w, -1)
 
-# %% ../nbs/02_patching.ipynb #4db4cd39
+# %% ../nbs/02_patching.ipynb #9020beb2
 def rope_frequencies(
     head_dim: int,  # width d of one head, even
     *,
     theta: float = 10000.0,  # base
     device=None,  # where they are wanted; needs float64 there
 ) -> tuple:  # three float64 vectors: ω for time, height, width; for d=128 they hold 22, 21 and 21 values
-    "Angle per step of each complex pair: ω_i = theta^(-2i/n), n the axis' channels: 44, 42, 42 of 128 (spec 3.4)."
+    "Angle per step of each complex pair: ω_i = theta^(-2i/n), n the axis' channels: 44, 42, 42 of 128."
     if head_dim % 2 or head_dim < 2:
         raise ValueError(f"rope_frequencies: head_dim={head_dim}; it must be even, since channels turn in pairs")
     axis = head_dim // 3 // 2 * 2  # channels of height and of width; time has the rest
@@ -149,13 +149,13 @@ def rope_table(
     angle = window_partition(angle[None])[0]
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
-# %% ../nbs/02_patching.ipynb #af98bd92
+# %% ../nbs/02_patching.ipynb #bcb06274
 def apply_rope(
     x: torch.Tensor,  # (B,heads,L,d)
     cos: torch.Tensor,  # (L,d/2) from `rope_table`
     sin: torch.Tensor,  # (L,d/2)
 ) -> torch.Tensor:  # as x
-    "Turn the interleaved pairs (2i, 2i+1) of each head by the position's angle, in float32 at least (spec 3.4)."
+    "Turn the interleaved pairs (2i, 2i+1) of each head by the position's angle, in float32 at least."
     dtype = torch.promote_types(x.dtype, torch.float32)
     a, b = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
