@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av, numpy as np, torch
-import torch.nn.functional as F
+import av, numpy as np
 from PIL import Image
+
+from flashvsr_nb.degradation import degrade_stream
+from flashvsr_nb.video import VideoReader, VideoWriter
 
 OUT = Path(__file__).resolve().parent.parent/'data'
 BT601, BT709 = 6, 1
@@ -61,12 +63,12 @@ def audio_packets(path, start, seconds):
     return stream, packets()
 
 
-def write(path, frames, rate, crf, audio=None):
+def write(path, frames, rate, audio=None):
     "H.264 4:2:0, BT.709 limited range and tagged so; one thread, so that the bytes do not depend on the machine."
     with av.open(str(path), 'w', options={'movflags': '+faststart', 'fflags': '+bitexact'}) as out:
         s = out.add_stream('libx264', rate=rate)
         s.height, s.width, s.pix_fmt = *frames[0].shape[:2], 'yuv420p'
-        s.options = {'crf': str(crf), 'preset': 'slower', 'threads': '1'}
+        s.options = {'crf': '12', 'preset': 'slower', 'threads': '1'}
         c = s.codec_context
         c.colorspace = c.color_primaries = c.color_trc = c.color_range = 1
         sound = out.add_stream_from_template(audio[0]) if audio else None
@@ -82,11 +84,11 @@ def write(path, frames, rate, crf, audio=None):
                 out.mux(p)
 
 
-def reduce4(a):
-    "The preset `clean`: antialiased bicubic to a quarter, rounded to 8 bit."
-    x = torch.from_numpy(a).permute(2, 0, 1)[None].float()/255
-    y = F.interpolate(x, scale_factor=1/4, mode='bicubic', antialias=True, align_corners=False)
-    return (y.clamp(0, 1)*255).round().byte()[0].permute(1, 2, 0).numpy()
+def reduce(hr, lr):
+    "The preset `clean` of a file, its clock, tags and sound kept."
+    with VideoReader(hr) as reader, VideoWriter(lr, reader.info.width//4, reader.info.height//4, like=reader.info,
+                                                audio_from=hr, crf=8, overwrite=True) as writer:
+        for frame in degrade_stream(reader, 'clean'): writer.write(frame)
 
 
 def main(folder):
@@ -101,10 +103,9 @@ def main(folder):
             if i not in wanted: continue
             if c.size: a = np.asarray(Image.fromarray(a).resize(c.size, Image.LANCZOS))
             hr.append(a[y:y+384, x:x+640])
-        def sound(): return audio_packets(src, c.start, len(hr)/c.rate) if c.start is not None else None
-        write(OUT/f'{name}_hr.mp4', hr, c.rate, 12, sound())
-        lr = [reduce4(a) for a in rgb_frames(OUT/f'{name}_hr.mp4', BT709)]
-        write(OUT/f'{name}_lr.mp4', lr, c.rate, 8, sound())
+        write(OUT/f'{name}_hr.mp4', hr, c.rate,
+              audio_packets(src, c.start, len(hr)/c.rate) if c.start is not None else None)
+        reduce(OUT/f'{name}_hr.mp4', OUT/f'{name}_lr.mp4')
     files = sorted(OUT.glob('*.mp4'))
     (OUT/'SHA256SUMS').write_text(''.join(f'{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n' for f in files))
     for f in files: print(f'{f.stat().st_size/1e6:6.2f} MB  {f.name}')
