@@ -145,7 +145,7 @@ class ChannelNorm(nn.Module):
         "Normalise the channels"
         return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma[..., 0]
 
-# %% ../nbs/05_kv_cache.ipynb #c30e0c6a
+# %% ../nbs/05_kv_cache.ipynb #0203b818
 class LQProjector(nn.Module):
     "LQ frames to DiT tokens, 4 frames ahead of the latents they condition; keys as in LQ_proj_in.ckpt"
     def __init__(
@@ -181,7 +181,7 @@ class LQProjector(nn.Module):
         else:
             x = torch.cat([state[0], x], 1)
             y = torch.cat([state[1], self._conv(self.conv1, self.norm1, x)], 1)
-            state = x[:, -2:], y[:, -2:]
+            state = x[:, -2:].clone(), y[:, -2:].clone() # views would keep the whole chunk alive
             y = self._conv(self.conv2, self.norm2, y)
         return self.linear_layers[0](y.permute(0, 1, 3, 4, 2).flatten(1, 3)), state
 
