@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/11a_cli.ipynb #1976e9e4
+# %% ../nbs/11a_cli.ipynb #648fea72
 import argparse, json, os, platform, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-# %% ../nbs/11a_cli.ipynb #a1069890
+# %% ../nbs/11a_cli.ipynb #0ff255a2
 class _Stop(Exception):
     "The end of a command: exit code and what to tell."
 
@@ -26,8 +26,9 @@ def _errors():
     except (ValueError, OSError, av.error.FFmpegError) as error:
         under_way = getattr(error, "__notes__", [])  # what was written so far
         raise _Stop(1 if under_way else 2, "; ".join([str(error), *under_way])) from error
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+    except (RuntimeError, MemoryError) as error:
+        words = "out of memory", "can't allocate memory", "not enough memory"
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
         raise _Stop(1, "out of memory: these frames are too large for this machine; nothing was written") from error
 
@@ -38,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise _Stop(2, f"{message}; see {self.prog} --help")
 
-# %% ../nbs/11a_cli.ipynb #66877b91
+# %% ../nbs/11a_cli.ipynb #4348ecec
 def _upscale(args):
     from flashvsr_nb.video import check_output, probe
 
@@ -56,41 +57,29 @@ def _upscale(args):
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height} in {done.seconds:.1f} s, "
               f"{done.frames / done.seconds:.2f} frames/s{memory}")
 
-# %% ../nbs/11a_cli.ipynb #7b88531e
+# %% ../nbs/11a_cli.ipynb #d70d21b4
 def _degrade(args):
-    from tqdm import tqdm
-
-    from flashvsr_nb.video import VideoReader, VideoWriter, check_output
+    from flashvsr_nb.video import check_output, probe
 
     with _errors():
+        info = probe(args.input)
         check_output(args.output, source=args.input, overwrite=args.overwrite)
-        reader, stamps = VideoReader(args.input), []
-        info = reader.info
-        width, height = info.width // 4, info.height // 4
-        if not width * height:
+        if not (info.width // 4) * (info.height // 4):
             raise ValueError(f"{args.input}: {info.width}x{info.height} cannot be made 4 times smaller")
+        from tqdm import tqdm
+
         from flashvsr_nb.degradation import degrade_stream
+        from flashvsr_nb.pipeline import Clip, write_clip
 
-        def read():
-            for frame in reader:
-                stamps.append(reader.pts)
-                yield frame
-
-        frames = degrade_stream(read(), args.preset, seed=args.seed)
-        writer = VideoWriter(args.output, width, height, like=info, audio_from=info.path if info.audio else None,
-                             crf=4, overwrite=args.overwrite)
-        try:
-            with writer:
-                for frame in tqdm(frames, total=info.frames, unit=" frames", dynamic_ncols=True, disable=args.quiet):
-                    writer.write(frame, stamps.pop(0))
-        except BaseException as stop:
-            kept = writer.frames if isinstance(stop, KeyboardInterrupt) else 0
-            stop.add_note(f"the first {kept} frames are in {args.output}" if kept else "nothing was written")
-            raise
+        clip = Clip(args.input)
+        frames = degrade_stream(clip.frames, args.preset, seed=args.seed)
+        bar = tqdm(frames, total=clip.total, unit=" frames", dynamic_ncols=True, disable=args.quiet)
+        done = write_clip(clip, bar, args.output, scale=1 / 4, crf=4, overwrite=args.overwrite)
     if not args.quiet:
-        print(f"{args.output}: {writer.frames} frames of {width}x{height}, preset {args.preset}, seed {args.seed}")
+        print(f"{done.path}: {done.frames} frames of {done.width}x{done.height}, preset {args.preset}, "
+              f"seed {args.seed}")
 
-# %% ../nbs/11a_cli.ipynb #f4ecbff6
+# %% ../nbs/11a_cli.ipynb #4001bdf1
 def _version(name):
     "A package and its version, or that it is missing."
     try:
@@ -147,7 +136,7 @@ def _weights():
     numbers = sum(t.numel() for part in (weights.dit, weights.projector, weights.decoder) for t in part.values())
     return f"nano: {numbers / 1e6:.2f} million parameters, in the package"
 
-# %% ../nbs/11a_cli.ipynb #6788cecc
+# %% ../nbs/11a_cli.ipynb #940657c6
 def _doctor(args):
     "What is here and what is missing."
     checks = {"python": lambda: f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -165,7 +154,7 @@ def _doctor(args):
     print(f"not well: {', '.join(bad)}; install flashvsr_nb again" if bad else "all well")
     return int(bool(bad))
 
-# %% ../nbs/11a_cli.ipynb #30bf2d89
+# %% ../nbs/11a_cli.ipynb #2b8b68f4
 def _within(kind, low, high):
     "A reader of numbers from `low` to `high` for argparse."
 
@@ -185,9 +174,9 @@ def _size(text):
         raise argparse.ArgumentTypeError(f"{text!r}; write it like 640x384, both sides multiples of 4")
     return int(width), int(height)
 
-# %% ../nbs/11a_cli.ipynb #fb5ca091
+# %% ../nbs/11a_cli.ipynb #68a062e3
 def _texture(width, height, frames):
-    "A clip of cloudy texture that moves, (F,H,W,3) uint8."
+    "A clip of coloured grain that moves one pixel a frame, (F,H,W,3) uint8."
     import numpy as np
 
     a = np.random.default_rng(0).random((height + frames, width + frames, 3))
@@ -218,7 +207,7 @@ def _time_model(model, clip):
                 spent += (time.perf_counter() - start) * (not warm)
     return spent, given
 
-# %% ../nbs/11a_cli.ipynb #5690e077
+# %% ../nbs/11a_cli.ipynb #aa2712e1
 def _bench(args):
     with _errors():
         if args.json and not args.json.absolute().parent.is_dir():
@@ -250,7 +239,7 @@ def _bench(args):
         with _errors():
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/11a_cli.ipynb #973e54f7
+# %% ../nbs/11a_cli.ipynb #ffa15be7
 def _parser():
     parser = _Parser(prog="flashvsr_nb", description="Video super-resolution: four times the size, frame for frame.",
                      allow_abbrev=False)
@@ -293,7 +282,7 @@ def _parser():
     model(add)
     return parser
 
-# %% ../nbs/11a_cli.ipynb #e72b4833
+# %% ../nbs/11a_cli.ipynb #99d0f1b9
 def main(
     argv=None,  # list of arguments; None: those of the process
 ) -> int:  # exit code: 0 done, 1 failed on the way, 2 cannot be done as asked, 130 interrupted
@@ -324,7 +313,7 @@ def main(
             say(f"interrupted; {getattr(stop, '__notes__', ['nothing was written'])[-1]}")
             return 130
 
-# %% ../nbs/11a_cli.ipynb #02ea5ec7
+# %% ../nbs/11a_cli.ipynb #780c04dd
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

@@ -161,7 +161,7 @@ def _probe_images(path: Path) -> VideoInfo:
     return VideoInfo(path, *next(iter(sizes)), Fraction(25), len(files), Fraction(1, 25), Fraction(len(files), 25),
                      matrix=0, range=2, is_folder=path.is_dir())
 
-# %% ../nbs/00_video.ipynb #9733c411
+# %% ../nbs/00_video.ipynb #3dfac567
 def _open_video(path: Path):
     "The PyAV container and its moving picture, or one line on why there is none."
     import av
@@ -170,17 +170,17 @@ def _open_video(path: Path):
     try:
         container = av.open(str(path), metadata_errors="replace")
     except (av.error.InvalidDataError, av.error.EOFError):
-        raise ValueError(f"{path}: not a video that can be read (unknown format, or damaged)") from None
+        raise ValueError(f"{path}: not a video that can be read (unknown format, empty or damaged)") from None
     if container.format.name == "tty":  # FFmpeg would film the letters of a text file
         container.close()
         raise ValueError(f"{path}: not a video but text")
     for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:  # the cover of a song is no video
+        if stream.codec_context and not stream.disposition & Disposition.attached_pic:  # a song's cover is no video
             stream.thread_type = "AUTO"
             return container, stream
-    sound = ", only sound" if container.streams.audio else ""
+    what = ", only sound" if container.streams.audio else " that can be read: empty, damaged or never finished"
     container.close()
-    raise ValueError(f"{path}: no video in it{sound}")
+    raise ValueError(f"{path}: no video in it{what}")
 
 
 def _frames(container, stream, lost: list):

@@ -14,8 +14,11 @@ import pytest
 import torch
 from flashvsr_nb.cli import main
 from flashvsr_nb.degradation import degrade
+from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.pipeline import FlashVSR
 from flashvsr_nb.video import probe, read_video, write_video
+from flashvsr_nb.weights import FILES
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
@@ -113,6 +116,23 @@ def test_upscale_options_reach_the_model(lr, tmp_path, monkeypatch):
     assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(seed=7, crf=20.5, overwrite=True, progress=False))
 
 
+def test_upscale_with_a_folder_of_official_files(lr, tmp_path, monkeypatch, capsys):
+    cfg = ModelConfig(dim=128, heads=1, layers=1, ffn_dim=128, text_dim=16, freq_dim=32, proj_dims=(16, 16),
+                      decoder_channels=(16, 16, 8, 8), key_blocks=12.)  # the official one, made small
+    monkeypatch.setattr(ModelConfig, "wan1_3b", lambda version: cfg)
+    folder = tmp_path / "FlashVSR-v1.1"
+    folder.mkdir()
+    net = FlashVSR(cfg)
+    save_file(net.dit.state_dict(), folder / FILES["dit"])
+    for part in ("projector", "decoder"):
+        torch.save(getattr(net, part).state_dict(), folder / FILES[part])
+    torch.save(net.context.detach(), folder / FILES["context"])
+    assert main(["upscale", str(lr), str(tmp_path / "sr"), "--weights", str(folder), "--quiet", "--device", "cpu"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert np.array_equal(read_video(tmp_path / "sr"), net.freeze().upscale(read_video(lr), progress=False))
+    assert cfg.resize == "pil" and cfg.color_fix == "adain"
+
+
 def test_overwrite(lr, tmp_path):
     out = tmp_path / "sr.mp4"
     out.write_bytes(b"old")
@@ -137,9 +157,13 @@ def test_a_bug_shows_its_traceback(lr, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_out_of_memory_is_one_line(lr, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has ..."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError("Unable to allocate 20. GiB for an array")])
+def test_out_of_memory_is_one_line(lr, tmp_path, monkeypatch, capsys, error):
     def broken(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has ...")
+        raise error
     monkeypatch.setattr("flashvsr_nb.pipeline._enlarge", broken)
     assert main(["upscale", str(lr), str(tmp_path / "sr.mp4"), "--quiet"]) == 1
     err = capsys.readouterr().err
