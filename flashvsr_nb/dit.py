@@ -60,8 +60,8 @@ class ModelConfig:
     @classmethod
     def nano(cls): # ModelConfig
         "Our small model: under 5 M parameters, trained in minutes, shipped with the package"
-        return cls(dim=256, heads=2, layers=2, ffn_dim=512, text_dim=64, freq_dim=64, proj_dims=(24, 64),
-                   decoder_channels=(64, 64, 32, 16), residual=True, pyramid=True, key_blocks=12., local_range=5,
+        return cls(dim=256, heads=2, layers=2, ffn_dim=384, text_dim=64, freq_dim=64, proj_dims=(16, 64),
+                   decoder_channels=(64, 96, 48, 16), residual=True, pyramid=True, key_blocks=12., local_range=5,
                    resize='torch', color_fix='none')
 
     @property
@@ -247,7 +247,8 @@ class DiT(nn.Module):
         if not hasattr(self, 'text_embedding'):
             raise RuntimeError("DiT.condition: its weights were freed by drop_conditioning; load the model again")
         w = self.text_embedding[0].weight
-        e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim).to(w))
+        device = None if w.device.type == 'mps' else w.device # MPS has no float64
+        e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim, device=device).to(w))
         c = self.text_embedding(context.to(w))
         prompt = [b.cross_attn.prompt(c) for b in self.blocks]
         return Conditioning(e, self.time_projection(e).unflatten(1, (6, -1)), prompt)
