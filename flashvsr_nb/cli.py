@@ -239,7 +239,7 @@ def _bench(args):
         with _errors():
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/11a_cli.ipynb #ffa15be7
+# %% ../nbs/11a_cli.ipynb #060ebcda
 def _parser():
     parser = _Parser(prog="flashvsr_nb", description="Video super-resolution: four times the size, frame for frame.",
                      allow_abbrev=False)
@@ -273,7 +273,7 @@ def _parser():
     add = command("degrade", _degrade, "Make a test input: four times smaller and worse; same seed, same bytes. Videos "
                   "become nearly lossless H.264 (crf 4), a folder of PNGs is exact.")
     files(add)
-    add("--preset", default="mild", help="clean or mild (default: mild)")
+    add("--preset", default="mild", help="clean, mild or real (default: mild)")
     command("doctor", _doctor, "Say which versions, devices, attention back ends and weights are here.")
     add = command("bench", _bench, "Measure frames per second and memory on this machine.")
     add("--size", type=_size, default=(640, 384), metavar="WxH", help="of the output (default: 640x384)")

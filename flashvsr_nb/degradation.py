@@ -6,8 +6,9 @@
 __all__ = ['PRESETS', 'warp', 'gaussian_kernel', 'blur', 'downsample', 'add_noise', 'compose', 'encode_h264', 'compress',
            'Recipe', 'degrade_stream', 'degrade']
 
-# %% ../nbs/01_degradation.ipynb #5466a568
+# %% ../nbs/01_degradation.ipynb #174a3066
 import itertools
+import math
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,15 +32,18 @@ def warp(
     grid = torch.stack([(2 * col + 1) / w - 1, (2 * row + 1) / h - 1], -1).expand(len(x), h, w, 2)
     return F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False).to(x.dtype)
 
-# %% ../nbs/01_degradation.ipynb #4b81a6d2
+# %% ../nbs/01_degradation.ipynb #542f2b78
 def gaussian_kernel(
     sigma,  # standard deviation along the first axis, px, 0 or more; a tensor (F,) gives one kernel a frame
     *,
     across=None,  # standard deviation across that axis, px; None: the same (isotropic)
     angle=0.0,  # of the first axis, radians, from rightwards to downwards
+    beta: float = 1.0,  # shape: 1 is the Gaussian, below 1 a sharp peak with long tails, above 1 a flat disc
     size: int | None = None,  # width k, odd; None: holds 3 standard deviations to each side
 ) -> torch.Tensor:  # (k,k) or (F,k,k); sums to 1; with sigma 0 a single 1
-    "The kernel of B in eq. 2: a Gaussian, isotropic or a rotated ellipse."
+    "The kernel of B in eq. 2: a generalised Gaussian exp(-q^beta/2), isotropic or a rotated ellipse."
+    if not 0.25 <= beta <= 16:
+        raise ValueError(f"gaussian_kernel: beta={beta}; it must be between 0.25 and 16")
     device = sigma.device if torch.is_tensor(sigma) else None
     across = sigma if across is None else across
     s1, s2, a = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (sigma, across, angle))
@@ -50,9 +54,11 @@ def gaussian_kernel(
     if size % 2 == 0:
         raise ValueError(f"gaussian_kernel: size={size}; it must be odd, so that one pixel is the middle")
     s1, s2, a = (v[..., None, None] for v in torch.broadcast_tensors(s1, s2, a))
-    x = torch.arange(size, device=s1.device) - size // 2
+    # the axes of exp(-q^beta/2) are the standard deviations times this, which is 1 for the Gaussian
+    unit = math.sqrt(2 ** (1 - 1 / beta) * math.gamma(1 / beta) / math.gamma(2 / beta))
+    x = (torch.arange(size, device=s1.device) - size // 2) / unit
     along, side = x * a.cos() + x[:, None] * a.sin(), x[:, None] * a.cos() - x * a.sin()
-    k = torch.exp(-((along / s1.clamp_min(1e-3)) ** 2 + (side / s2.clamp_min(1e-3)) ** 2) / 2)
+    k = torch.exp(-(((along / s1.clamp_min(1e-3)) ** 2 + (side / s2.clamp_min(1e-3)) ** 2) ** beta) / 2)
     return k / k.sum((-2, -1), keepdim=True)
 
 # %% ../nbs/01_degradation.ipynb #26ae2551
@@ -87,7 +93,16 @@ def downsample(
         return F.avg_pool2d(x, scale)
     return F.interpolate(x, size=(h // scale, w // scale), mode=mode, antialias=antialias, align_corners=False)
 
-# %% ../nbs/01_degradation.ipynb #29a707c5
+# %% ../nbs/01_degradation.ipynb #8b0a5c4d
+def _streams(
+    seed: int,  # 0 or more
+    start: int,  # number of the first frame
+    n: int,  # frames
+) -> list:  # a numpy generator for each frame
+    "Random streams bound to seed and frame number."
+    return [np.random.Generator(np.random.Philox(key=[seed, start + i])) for i in range(n)]
+
+
 def add_noise(
     x: torch.Tensor,  # (F,C,H,W) in [0,1]
     sigma,  # standard deviation in 8-bit steps (1/255): a number, or a tensor (F,) for one a frame
@@ -98,8 +113,8 @@ def add_noise(
 ) -> torch.Tensor:  # (F,C,H,W), not clamped
     "The noise n_j of eq. 2: Gaussian, independent for every pixel and channel, equal on every device."
     if generator is None:
-        streams = [np.random.Generator(np.random.Philox(key=[seed, start + i])) for i in range(len(x))]
-        noise = torch.from_numpy(np.stack([s.standard_normal(x.shape[1:], dtype=np.float32) for s in streams]))
+        drawn = [s.standard_normal(x.shape[1:], dtype=np.float32) for s in _streams(seed, start, len(x))]
+        noise = torch.from_numpy(np.stack(drawn))
     else:
         noise = torch.randn(x.shape, generator=generator, device=generator.device)
     return x + noise.to(x) * torch.as_tensor(sigma).to(x).view(-1, 1, 1, 1) / 255
@@ -137,8 +152,42 @@ def _checked(
         warnings.warn(f"degrade: {a.shape[1]}x{a.shape[0]} is cut to {w}x{h}, a multiple of {scale}")
     return a[:h, :w]
 
-# %% ../nbs/01_degradation.ipynb #b99acf40
+# %% ../nbs/01_degradation.ipynb #7019e5b9
 _BT709, _LIMITED, _FULL = 1, 1, 2  # how colours are coded, in FFmpeg's numbers
+_X264 = {"x264-params": "asm=SSE2"}  # the newer vector code reads memory that nobody wrote
+
+
+def _encode(
+    frames,  # iterable of uint8 (H,W,3), all of one size
+    encoder: str,  # FFmpeg's name
+    options: dict,  # its options
+    *,
+    side: int = 2,  # smallest width and height that it takes, px
+    bits: float | None = None,  # to spend on a pixel of a frame; None: as the options say
+):  # iterator of packets in coding order
+    "Compress with an encoder of FFmpeg: 4:2:0, BT.709, 25 frames/s, one thread."
+    import av
+
+    from flashvsr_nb.video import _rgb_to_yuv
+
+    coder = first = None
+    for i, a in enumerate(frames):
+        a, first = _checked(a, first, i), np.shape(a)
+        a = np.pad(a, [(0, max(n + n % 2, side) - n) for n in a.shape[:2]] + [(0, 0)], mode="edge")
+        if coder is None:
+            coder = av.CodecContext.create(encoder, "w")
+            coder.height, coder.width, coder.pix_fmt = *a.shape[:2], "yuv420p"
+            coder.time_base, coder.framerate, coder.thread_count = Fraction(1, 25), Fraction(25), 1
+            coder.options = options
+            if bits is not None:
+                coder.bit_rate = max(round(bits * coder.height * coder.width * 25), 1000)
+            colours = _rgb_to_yuv(a.shape[1], a.shape[0], "yuv420p", _BT709, _LIMITED, coder.time_base)
+        f = av.VideoFrame.from_ndarray(a, format="rgb24")
+        f.pts, f.time_base = i, coder.time_base
+        colours.push(f)
+        yield from coder.encode(colours.pull())
+    if coder:
+        yield from coder.encode(None)
 
 
 def encode_h264(
@@ -147,39 +196,21 @@ def encode_h264(
     crf: float = 23,  # x264's constant rate factor: 0 (best) to 51
 ):  # iterator of packets in coding order; `packet.size` in bytes
     "Compress with x264: 4:2:0, BT.709, 25 frames/s, odd sizes continued to even; the same bytes at every run."
-    import av
-
-    from flashvsr_nb.video import _rgb_to_yuv
-
     if not 0 <= crf <= 51:
         raise ValueError(f"crf={crf}; it must be between 0 and 51")
-    encoder = first = None
-    for i, a in enumerate(frames):
-        a, first = _checked(a, first, i), np.shape(a)
-        a = np.pad(a, [(0, a.shape[0] % 2), (0, a.shape[1] % 2), (0, 0)], mode="edge")
-        if encoder is None:
-            encoder = av.CodecContext.create("libx264", "w")
-            encoder.height, encoder.width, encoder.pix_fmt = *a.shape[:2], "yuv420p"
-            encoder.time_base, encoder.framerate, encoder.thread_count = Fraction(1, 25), Fraction(25), 1
-            encoder.options = {"crf": str(crf), "x264-params": "asm=SSE2"}
-            colours = _rgb_to_yuv(a.shape[1], a.shape[0], "yuv420p", _BT709, _LIMITED, encoder.time_base)
-        f = av.VideoFrame.from_ndarray(a, format="rgb24")
-        f.pts, f.time_base = i, encoder.time_base
-        colours.push(f)
-        yield from encoder.encode(colours.pull())
-    if encoder:
-        yield from encoder.encode(None)
+    return _encode(frames, "libx264", _X264 | {"crf": str(crf)})
 
-# %% ../nbs/01_degradation.ipynb #cb2410d8
-def _decode_h264(
-    packets,  # packets from `encode_h264`
+# %% ../nbs/01_degradation.ipynb #76afa14d
+def _decode(
+    packets,  # of one video, in coding order
+    codec: str = "h264",  # FFmpeg's name of the decoder
 ):  # iterator of uint8 (H,W,3) in display order
     "The frames in `packets`."
     import av
     from av.video.reformatter import Interpolation
 
     exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    decoder = av.CodecContext.create("h264", "r")
+    decoder = av.CodecContext.create(codec, "r")
     decoder.thread_count = 1
     for packet in itertools.chain(packets, [None]):
         for f in decoder.decode(packet):
@@ -188,22 +219,53 @@ def _decode_h264(
             yield f.to_ndarray()
 
 
+def _there_and_back(
+    frames,  # iterable of uint8 (H,W,3), all of one size
+    encode,  # function of frames: packets
+    codec: str,  # FFmpeg's name of the decoder
+):  # iterator of as many uint8 (H,W,3)
+    "Encode and decode; what was added to odd or small sizes is cut off again."
+    frames = iter(frames)
+    for first in itertools.islice(frames, 1):
+        h, w = np.shape(first)[:2]
+        for a in _decode(encode(itertools.chain([first], frames)), codec):
+            yield a[:h, :w]
+
+
 def compress(
     frames,  # iterable of uint8 (H,W,3), all of one size, any size
     *,
     crf: float = 23,  # x264's constant rate factor: 0 (best) to 51
 ):  # iterator of as many uint8 (H,W,3); memory does not grow with the number of frames
     "What is left of `frames` after H.264: encoded by x264 and decoded again, in memory."
-    frames = iter(frames)
-    for first in itertools.islice(frames, 1):
-        h, w = np.shape(first)[:2]
-        for a in _decode_h264(encode_h264(itertools.chain([first], frames), crf=crf)):
-            yield a[:h, :w]
+    return _there_and_back(frames, lambda some: encode_h264(some, crf=crf), "h264")
 
-# %% ../nbs/01_degradation.ipynb #e03bbe12
-PRESETS = {"clean": {}, "mild": {"blur": (0.6, 1.6), "noise": (0.0, 3.0), "crf": 23}}
+# %% ../nbs/01_degradation.ipynb #e8f21fe7
+def _real(
+    frames,  # as for `degrade_stream`
+    **options,  # its seed and scale
+):  # iterator of frames
+    "The preset that the next notebook builds on this one."
+    from flashvsr_nb.real_world import real_stream
+
+    return real_stream(frames, **options)
 
 
+def _check_draw(
+    seed: int,  # 0 to 2^63 - 1
+    scale: int,  # reduction, each way
+) -> None:
+    "Refuse what no preset can be drawn with."
+    if scale != int(scale) or scale < 1:
+        raise ValueError(f"scale={scale}; it must be a whole number from 1 up")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}; it must be between 0 and 2^63 - 1")
+
+
+# ranges for a Recipe, or a stream
+PRESETS = {"clean": {}, "mild": {"blur": (0.6, 1.6), "noise": (0.0, 3.0), "crf": 23}, "real": _real}
+
+# %% ../nbs/01_degradation.ipynb #58f25967
 @dataclass(frozen=True)
 class Recipe:
     "The θ_α of eq. 1: strengths for one clip. Called on a tensor it applies B, D and n of eq. 2 there; not the codec."
@@ -217,7 +279,7 @@ class Recipe:
     @classmethod
     def draw(
         cls,
-        preset: str = "mild",  # a name in PRESETS
+        preset: str = "mild",  # "clean" or "mild"
         *,
         seed: int = 0,  # 0 to 2^63 - 1
         scale: int = 4,  # reduction, each way
@@ -225,10 +287,9 @@ class Recipe:
         "The recipe that `seed` draws from a preset."
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; allowed are {', '.join(map(repr, PRESETS))}")
-        if scale != int(scale) or scale < 1:
-            raise ValueError(f"scale={scale}; it must be a whole number from 1 up")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed}; it must be between 0 and 2^63 - 1")
+        if callable(PRESETS[preset]):
+            raise ValueError(f"preset={preset!r} is a stream and no single recipe; use degrade or degrade_stream")
+        _check_draw(seed, scale)
         rng = np.random.default_rng(seed)
         drawn = {k: float(rng.uniform(*v)) if isinstance(v, tuple) else v for k, v in PRESETS[preset].items()}
         return cls(scale=int(scale), seed=int(seed), **drawn)
@@ -248,7 +309,7 @@ class Recipe:
             x = add_noise(x, self.noise, seed=self.seed, start=start, generator=generator)
         return x.clamp(0, 1)
 
-# %% ../nbs/01_degradation.ipynb #2ccd8a48
+# %% ../nbs/01_degradation.ipynb #3ad6b999
 def degrade_stream(
     frames,  # iterable of uint8 (H,W,3) RGB, all of one size
     preset: str = "mild",  # a name in PRESETS
@@ -256,7 +317,9 @@ def degrade_stream(
     seed: int = 0,  # same seed and frames: same bytes
     scale: int = 4,  # reduction, each way
 ):  # iterator of as many uint8 (H//scale,W//scale,3)
-    "Degrade a clip frame by frame (eq. 2, then the codec), in memory that does not grow with its length."
+    "Degrade a clip frame by frame (eq. 2, then a codec), in memory that does not grow with its length."
+    if callable(stream := PRESETS.get(preset)):
+        return stream(frames, seed=seed, scale=scale)
     recipe = Recipe.draw(preset, seed=seed, scale=scale)  # not in the generator: a wrong argument fails at once
 
     def reduced():
