@@ -152,7 +152,7 @@ def _checked(
         warnings.warn(f"degrade: {a.shape[1]}x{a.shape[0]} is cut to {w}x{h}, a multiple of {scale}")
     return a[:h, :w]
 
-# %% ../nbs/01_degradation.ipynb #7019e5b9
+# %% ../nbs/01_degradation.ipynb #95c6d08b
 _BT709, _LIMITED, _FULL = 1, 1, 2  # how colours are coded, in FFmpeg's numbers
 _X264 = {"x264-params": "asm=SSE2"}  # the newer vector code reads memory that nobody wrote
 
@@ -180,7 +180,7 @@ def _encode(
             coder.time_base, coder.framerate, coder.thread_count = Fraction(1, 25), Fraction(25), 1
             coder.options = options
             if bits is not None:
-                coder.bit_rate = max(round(bits * coder.height * coder.width * 25), 1000)
+                coder.bit_rate = max(round(bits * first[0] * first[1] * 25), 1000)
             colours = _rgb_to_yuv(a.shape[1], a.shape[0], "yuv420p", _BT709, _LIMITED, coder.time_base)
         f = av.VideoFrame.from_ndarray(a, format="rgb24")
         f.pts, f.time_base = i, coder.time_base
