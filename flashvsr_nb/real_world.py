@@ -79,10 +79,11 @@ def jpeg(
     image.save(coded := io.BytesIO(), "JPEG", quality=int(quality), subsampling=2)
     return np.asarray(Image.open(coded))
 
-# %% ../nbs/01a_real_world.ipynb #8d8c303d
+# %% ../nbs/01a_real_world.ipynb #afd0b9a6
+_X265 = {"x265-params": "pools=none:frame-threads=1:wpp=0:sao=0:info=0:log-level=none"}
 _CODECS = {  # codec: FFmpeg's encoder, its options, the smallest side, px
     "h264": ("libx264", _X264 | {"qmax": "44"}, 2),  # 44: coarser than that no service lets it become
-    "hevc": ("libx265", {"qmax": "44", "x265-params": "pools=none:frame-threads=1:wpp=0:sao=0:info=0:log-level=none"}, 128),
+    "hevc": ("libx265", _X265 | {"qmax": "44"}, 128),
     "mpeg4": ("mpeg4", {"bf": "2", "g": "250", "dct": "int", "idct": "simple", "flags": "bitexact"}, 2),
 }
 
