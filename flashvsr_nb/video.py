@@ -328,15 +328,15 @@ def _pulled(graph, frame):
         except (av.error.BlockingIOError, av.error.EOFError):  # it wants more; it is done
             return
 
-# %% ../nbs/00_video.ipynb #01d3a788
+# %% ../nbs/00_video.ipynb #cdf0896d
 def _to_rgb(info: VideoInfo, frame, kind: str, interlaced: bool):
     "The filter graph from a file's frames to upright RGB."
     scale = f"scale=out_range=full:{_EXACT}"
     if not frame.format.is_rgb:
         guess = 1 if frame.height >= 720 else 5
+        place = "center" if info.codec == "mjpeg" else "left"  # of the colour samples; the wrong one moves all colour
         scale += (f":in_color_matrix={_MATRICES[guess if info.matrix in (0, 2) else info.matrix]}"
-                  f":in_range={'full' if info.range == 2 else 'limited'}"
-                  f":in_chroma_loc={'center' if info.codec == 'mjpeg' else 'left'}")  # else colour moves by half a pixel
+                  f":in_range={'full' if info.range == 2 else 'limited'}:in_chroma_loc={place}")
     return _chain(frame, info.time_base, *["bwdif=mode=send_frame:deint=interlaced"] * interlaced,
                   *filter(None, info.turn.split(",")), scale, f"format={kind}")
 
@@ -401,7 +401,7 @@ def _read_video(info: VideoInfo, start: int, stop: int | None, bits: int):
         warnings.warn(f"{info.path}: damaged or breaks off: {n} frames could be read"
                       + (f" of {claim}" if n < claim else ""), RuntimeWarning, stacklevel=2)
 
-# %% ../nbs/00_video.ipynb #cde638e1
+# %% ../nbs/00_video.ipynb #033995ef
 class VideoReader:
     "Iterator over the frames of a video, an image or a folder of images, (H,W,3) RGB; keeps none of them."
 
@@ -423,8 +423,8 @@ class VideoReader:
         if info.matrix not in (0, 2, *_MATRICES):
             raise ValueError(f"{info.path}: colour matrix {info.matrix} is not supported; allowed are {[*_MATRICES]}")
         if info.transfer in _HDR and bits == 8:
-            raise ValueError(f"{path}: HDR ({_HDR[info.transfer]}) would show bands in frames of 8 bits; read it with "
-                             "bits=16, or make an SDR copy with a video editor first")
+            raise ValueError(f"{path}: HDR ({_HDR[info.transfer]}) would show bands in frames of 8 bits; make an SDR "
+                             "copy with a video editor first, or read it with bits=16 (in Python)")
         self._given, self._start = 0, start
         if info.codec == "image":
             if bits == 16:

@@ -192,7 +192,7 @@ def _mov_options(metadata) -> dict[str, str]:
     return {"movflags": "+faststart" + "+use_metadata_tags" * long,
             "movie_timescale": "90000"}  # a late start is rounded to this, not to a millisecond
 
-# %% ../nbs/00a_video_encoding.ipynb #1775900c
+# %% ../nbs/00a_video_encoding.ipynb #4583eb93
 class _Encoder:
     "Where a VideoWriter's frames become a video file."
 
@@ -200,8 +200,7 @@ class _Encoder:
                  copy_from, streams: bool, fps: Fraction, like: VideoInfo | None, crf: float, bits: int):
         import av
 
-        start = like.start if like else Fraction(0)
-        self.path, self.kind = path, "rgb24" if bits == 8 else "rgb48le"
+        self.path, self.kind, start = path, "rgb24" if bits == 8 else "rgb48le", like.start if like else Fraction(0)
         self.clock = _Clock(fps, like.time_base if like else 1 / fps, start)
         self.out = av.open(str(path), "w", format=container)
         options = _options(codec, crf, like.light if like else "")
@@ -210,10 +209,8 @@ class _Encoder:
         context = stream.codec_context
         stream.time_base = context.time_base = self.clock.tick
         matrix, range_, context.color_primaries, context.color_trc = _write_tags(like)
-        if av.VideoFormat(pixels).is_rgb:
-            matrix, range_ = 0, 2
-        elif pixels.startswith("yuvj"):
-            range_ = 2
+        if av.VideoFormat(pixels).is_rgb or pixels.startswith("yuvj"):  # full range by their nature
+            matrix, range_ = 0 if av.VideoFormat(pixels).is_rgb else matrix, 2
         context.colorspace, context.color_range = matrix, range_
         if codec == "libx265" and container in ("mp4", "mov"):
             context.codec_tag = "hvc1"  # Apple's players want this name for H.265
