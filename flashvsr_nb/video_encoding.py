@@ -14,12 +14,12 @@ import numpy as np
 
 from .video import _EXACT, _MATRICES, VideoInfo, _chain
 
-# %% ../nbs/00a_video_encoding.ipynb #0ae1c65c
+# %% ../nbs/00a_video_encoding.ipynb #30ab2b29
 class _Clock:
     "Turns a reader's time stamps, or mere counting, into the ticks of an output."
 
     def __init__(self, fps: Fraction, base: Fraction, start: Fraction = Fraction(0)):
-        self.start = start  # a source's time that becomes 0
+        self.start, self.jump = start, Fraction(0)  # a source's time that becomes 0; what was added since
         ticks = math.lcm(fps.numerator, base.denominator)
         self.tick = Fraction(1, ticks if ticks <= 10**9 else base.denominator)  # encoders want 32 bits
         self.fps, self.base, self.n, self.first, self.last = fps, base, 0, Fraction(0), None
@@ -28,7 +28,10 @@ class _Clock:
         "Ticks at which the next frame is shown: at its time stamp (ticks of `base`), or n/fps after the first."
         time = self.first + self.n / self.fps
         if pts is not None:
-            stamp = pts * self.base - self.start
+            stamp = pts * self.base - self.start + self.jump
+            if self.last is not None and stamp < self.last * self.tick - 1:  # two recordings in one file: go on
+                self.jump += self.last * self.tick + 1 / self.fps - stamp
+                stamp = self.last * self.tick + 1 / self.fps
             self.first = stamp if self.n == 0 else self.first
             time = self.first + round((stamp - self.first) * self.fps) / self.fps
             if abs(time - stamp) > self.base:
@@ -39,7 +42,7 @@ class _Clock:
         self.n, self.last = self.n + 1, ticks
         return ticks
 
-# %% ../nbs/00a_video_encoding.ipynb #f656acb8
+# %% ../nbs/00a_video_encoding.ipynb #a169ae85
 _TEXT = {"srt", "subrip", "mov_text", "ass", "ssa", "webvtt", "text"}  # subtitles that are letters, not pictures
 # what is said of the file, not of the film
 _OWN = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration", "rotate"}
@@ -54,7 +57,7 @@ class _Track:
     "A stream of sound or subtitles and its place in an output."
 
     def __init__(self, stream, out, text: str):
-        self.translated, self.before = False, None
+        self.translated, self.before, self.step, self.jump = False, None, 0, 0
         try:
             self.new = out.add_stream_from_template(stream)
         except ValueError:  # the container does not hold this kind
@@ -66,25 +69,33 @@ class _Track:
         self.new.metadata.update(_said(stream.metadata))
         self.new.disposition = stream.disposition
 
-    def packet(self, packet, start: Fraction):
-        "What the output gets for a packet of the source, whose time `start` becomes 0; None for nothing."
-        dts, pts, base = packet.dts, packet.pts, packet.time_base
-        length = packet.duration
+    def arrive(self, packet, start: Fraction):
+        "Give a packet of the source its time in the output, where the source's `start` is 0."
+        dts, pts, second = packet.dts, packet.pts, 1 / packet.time_base
+        dts, late = dts + self.jump - round(start * second), 0 if pts is None else pts - dts
         if packet.stream.type == "audio":
+            if self.before is not None and dts < self.before - second:  # two recordings in one file: go on from there
+                self.jump, dts = self.jump + self.before + self.step - dts, self.before + self.step
+            dts = dts if self.before is None else max(dts, self.before + 1)  # a muxer wants time to go on
             # Matroska says no lengths, and mp4's edit list would leave out a last packet of 0 s: take the step before
-            length, self.before = length or dts - (dts if self.before is None else self.before), dts
-        elif bytes(packet) == bytes(2):
+            packet.duration = self.step = packet.duration or dts - (dts if self.before is None else self.before)
+            self.before = dts
+        packet.pts, packet.dts = dts + late, dts
+
+    def leave(self, packet):
+        "What the output gets for a packet that has arrived; None for nothing."
+        if packet.stream.type == "subtitle" and bytes(packet) == bytes(2):
             return None  # mp4's pause between two lines; its muxer makes them itself
-        elif self.translated:
+        if self.translated:
             if not (shown := packet.stream.codec_context.decode2(packet)):
                 return None
-            packet = self.new.codec_context.encode_subtitle(shown)
-        shift = round(start / base)
-        packet.pts, packet.dts, packet.duration = (dts if pts is None else pts) - shift, dts - shift, length
-        packet.stream, packet.time_base = self.new, base
+            made = self.new.codec_context.encode_subtitle(shown)
+            made.pts, made.dts, made.duration = packet.pts, packet.dts, packet.duration
+            made.time_base, packet = packet.time_base, made
+        packet.stream = self.new
         return packet
 
-# %% ../nbs/00a_video_encoding.ipynb #d5c70afb
+# %% ../nbs/00a_video_encoding.ipynb #a14d9af7
 class _Copy:
     "Copies what is not pictures: title and chapters at once, sound and subtitles as far as the pictures have come."
 
@@ -120,11 +131,13 @@ class _Copy:
             self.now = next((p for p in self.packets if p.dts is not None), None)
         except av.error.FFmpegError:
             self.now = None
+        if self.now is not None:
+            self.tracks[self.now.stream].arrive(self.now, self.start)
 
     def until(self, time: Fraction | float):
         "Pass on the packets up to a time, s."
-        while (packet := self.now) is not None and packet.dts * packet.time_base - self.start <= time:
-            if (packet := self.tracks[packet.stream].packet(packet, self.start)) is not None:
+        while (packet := self.now) is not None and packet.dts * packet.time_base <= time:
+            if (packet := self.tracks[packet.stream].leave(packet)) is not None:
                 self.out.mux(packet)
             self._next()
 

@@ -626,6 +626,23 @@ def test_a_broadcast_keeps_its_sound_in_step(tmp_path):
     assert all(abs(b - a - shift) <= Fraction(1, 48000) + Fraction(1, 90000) for (a, _), (b, _) in zip(before, after))
 
 
+@pytest.mark.parametrize("target", ["b.mp4", "b.mkv"])
+def test_two_recordings_in_one_file_follow_each_other(tmp_path, target):
+    make(tmp_path / "a.ts", numbered(50), audio=["mp2"])
+    (tmp_path / "twice.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
+    once = stamps(tmp_path / "twice.ts")
+    assert len(once) == 100 and once[50] < once[49] - 1, "its clock must go back for this test to mean anything"
+    with pytest.warns(RuntimeWarning, match=r"damaged or breaks off: 9\d frames"):  # the seam breaks a packet
+        copy(tmp_path / "twice.ts", tmp_path / target)
+    times = stamps(tmp_path / target)
+    assert max(b - a for a, b in zip(times, times[1:])) <= Fraction(3, 25) and len(times) >= 97
+    assert order(read_video(tmp_path / target), 50)[-50:] == [i % 30 for i in range(50)]
+    (before,), (after,) = sounds(tmp_path / "twice.ts"), sounds(tmp_path / target)
+    assert [h for _, h in before] == [h for _, h in after]
+    steps = [b - a for (a, _), (b, _) in zip(after, after[1:])]
+    assert all(abs(step - Fraction(24, 1000)) <= Fraction(1, 1000) for step in steps)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-5000, 5000), st.integers(1, 60))
 def test_a_clock_that_starts_anywhere(first, step):
