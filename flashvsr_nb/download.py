@@ -113,14 +113,14 @@ def _fetch(path, version, check, prompt_url):
         raise stop
     os.replace(part, path)
 
-# %% ../nbs/06c_download.ipynb #ccc56c48
+# %% ../nbs/06c_download.ipynb #8af0125f
 def download(
     version: str,  # "v1" or "v1.1"
     parent=None,  # folder in which FlashVSR-v1 or FlashVSR-v1.1 is made; None: where `load_weights` looks for it
     *,
     full: bool = False,  # the decoder of the full variant too, Wan2.1_VAE.pth, 0.5 GB
     check: bool = True,  # refuse files whose SHA-256 is not the known one
-    prompt_url: str = PROMPT_URL,  # of posi_prompt.pth, for a mirror
+    prompt_url: str | None = None,  # of posi_prompt.pth; None: GitHub's
 ) -> Path:  # the folder, complete
     "Fetch the official weights, or what is missing of them; HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HOME count."
     if version not in HUB:
@@ -133,5 +133,5 @@ def download(
                                 "or put the files there")
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(names, key=FILES["context"].__ne__):  # the prompt first: small, and from another server
-        _fetch(folder / name, version, check, prompt_url)
+        _fetch(folder / name, version, check, prompt_url or PROMPT_URL)
     return folder
