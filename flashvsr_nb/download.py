@@ -44,14 +44,14 @@ def sha256(
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/06c_download.ipynb #3ed05ac6
+# %% ../nbs/06c_download.ipynb #73c2d5b2
 def _library():
     "The optional package, or one line on how to get it."
     try:
         import huggingface_hub.constants
         import huggingface_hub.file_download
     except ImportError:
-        raise ValueError("download needs the package huggingface_hub; get it with: pip install huggingface_hub") from None
+        raise ValueError("download needs the package huggingface_hub: pip install huggingface_hub") from None
     return huggingface_hub
 
 
@@ -69,7 +69,7 @@ def _ask(name, version, hub):
     announced = meta.etag if re.fullmatch("[0-9a-f]{64}", meta.etag or "") else None
     return url, meta.size, announced, hub.utils.build_hf_headers()
 
-
+# %% ../nbs/06c_download.ipynb #874d4dbc
 def _transfer(hub, url, part, size, headers):
     "Bring `part` to its full size; what an earlier attempt left is kept. Without a size it starts over."
     if size is None or part.is_file() and part.stat().st_size > size:
@@ -90,14 +90,15 @@ def _transfer(hub, url, part, size, headers):
             stop.add_note(kept)
             raise
 
-
+# %% ../nbs/06c_download.ipynb #f812c309
 def _fetch(path, version, check, prompt_url):
     "Get one file: whole, checked, and only then under its own name."
-    name, part, accept = path.name, path.with_name(f"{path.name}.part"), "--unchecked (check=False) takes it nevertheless"
+    name, part, accept = path.name, path.with_name(f"{path.name}.part"), "--unchecked (check=False) takes it"
     known = (KNOWN.get((version, name)) or KNOWN.get((None, name)) or (None, None))[1] if check else None
     if path.is_file():
         if known and (got := sha256(path)) != known:
-            raise ValueError(f"{path} is not the published file: its SHA-256 is {got}, not {known}; delete it, or: {accept}")
+            raise ValueError(f"{path} is not the published file: its SHA-256 is {got}, not {known}; delete it; "
+                             f"{accept}")
         return
     hub = _library()
     url, size, announced, headers = ((prompt_url, None, None, None) if name == FILES["context"] else
@@ -108,12 +109,12 @@ def _fetch(path, version, check, prompt_url):
     wanted, got = announced or known, sha256(part)
     if wanted not in (None, got):
         part.unlink()
-        stop = ValueError(f"{url}: what came has SHA-256 {got}, it should have {wanted}" + (f"; {accept}" if known else ""))
+        stop = ValueError(f"{url}: what came has SHA-256 {got}, it should have {wanted}")
         stop.add_note("it was thrown away; the same command fetches it again")
         raise stop
     os.replace(part, path)
 
-# %% ../nbs/06c_download.ipynb #8af0125f
+# %% ../nbs/06c_download.ipynb #19db8727
 def download(
     version: str,  # "v1" or "v1.1"
     parent=None,  # folder in which FlashVSR-v1 or FlashVSR-v1.1 is made; None: where `load_weights` looks for it
@@ -129,8 +130,8 @@ def download(
     names = [*FILES.values(), *[WAN_VAE] * full]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and _library().constants.HF_HUB_OFFLINE:
-        raise FileNotFoundError(f"{folder}: lacks {', '.join(missing)}, and HF_HUB_OFFLINE forbids to fetch them; unset it, "
-                                "or put the files there")
+        raise FileNotFoundError(f"{folder}: lacks {', '.join(missing)}, and HF_HUB_OFFLINE forbids to fetch them; "
+                                "unset it, or put the files there")
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(names, key=FILES["context"].__ne__):  # the prompt first: small, and from another server
         _fetch(folder / name, version, check, prompt_url or PROMPT_URL)

@@ -178,7 +178,7 @@ def pick_device(
         raise ValueError(f"device={str(name)!r} is unknown; allowed are auto, cpu, cuda, cuda:0, cuda:1 …, mps")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device='mps' cannot be used: torch {torch.__version__} finds no Apple GPU here; use cpu or auto")
+        raise ValueError(f"device='mps' cannot be used: torch {torch.__version__} finds no Apple GPU; use cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"device={str(name)!r} cannot be used: torch {torch.__version__} finds {gpus or 'no'} CUDA "
                          "GPU here; use cpu or auto")

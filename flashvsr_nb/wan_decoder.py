@@ -140,7 +140,7 @@ class Enlarge(nn.Module):
             x = torch.cat([first, pairs.reshape(2 * len(y), *x.shape[1:])])
         return torch.cat([self.resample(frame) for frame in x.split(b)])
 
-# %% ../nbs/06b_wan_decoder.ipynb #13d13e70
+# %% ../nbs/06b_wan_decoder.ipynb #f89d4e51
 _MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922,
          -0.9497, 0.2503, -0.2921)
 _STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253,
@@ -149,8 +149,6 @@ _STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 
 
 class WanDecoder(nn.Module):
     "Latents to frames as Wan 2.1 does; keys as in Wan2.1_VAE.pth: `conv2.*` and `decoder.*`."
-
-    file = "Wan2.1_VAE.pth"  # of an official release; the encoder in it is not needed
 
     def __init__(
         self,
@@ -176,10 +174,12 @@ class WanDecoder(nn.Module):
     ):  # frames (B,3,F,H,W) float32 in [0,1], F = 4T-3 at the start of a video, 4T later; new state
         "Decode the next T latents, one after another."
         if latents.ndim != 5 or latents.shape[1] != len(_MEAN) or not latents.shape[2]:
-            raise ValueError(f"WanDecoder: latents have shape {tuple(latents.shape)}; they must be (B,{len(_MEAN)},T,h,w)")
+            raise ValueError(f"WanDecoder: latents have shape {tuple(latents.shape)}; they must be "
+                             f"(B,{len(_MEAN)},T,h,w)")
         if state is not None and state[0].shape[:1] + state[0].shape[2:] != (2 * len(latents), *latents.shape[3:]):
-            raise ValueError(f"state: from {len(state[0]) // 2} videos of {tuple(state[0].shape[2:])} cells; the latents "
-                             f"are {len(latents)} of {tuple(latents.shape[3:])}; pass state=None to start a new video")
+            raise ValueError(f"state: from {len(state[0]) // 2} videos of {tuple(state[0].shape[2:])} cells; the "
+                             f"latents are {len(latents)} of {tuple(latents.shape[3:])}; pass state=None to start "
+                             "a new video")
         mean, std = (latents.new_tensor(c).view(-1, 1, 1) for c in (_MEAN, _STD))
         frames = []
         for z in latents.unbind(2):

@@ -248,7 +248,7 @@ def save_weights(
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../nbs/06a_weights.ipynb #fbffc862
+# %% ../nbs/06a_weights.ipynb #e2e04c3c
 def _load_folder(folder, version, cfg, variant):
     "Weights of a folder with the official files."
     files = FILES | {"decoder": WAN_VAE} if variant == "full" else FILES
@@ -257,7 +257,8 @@ def _load_folder(folder, version, cfg, variant):
         hint = ("; the download has not ended, the same command goes on" if half else
                 f"; {_PROMPT}" if missing == [FILES["context"]] else "; get it with 'flashvsr_nb download"
                 f"{' --full' * (missing == [WAN_VAE])}'")
-        raise FileNotFoundError(f"{folder}: lacks {', '.join(missing)} of the four files {', '.join(files.values())}{hint}")
+        raise FileNotFoundError(f"{folder}: lacks {', '.join(missing)} of the four files "
+                                f"{', '.join(files.values())}{hint}")
     version = weights_version(folder, version)
     cfg = replace(cfg or ModelConfig.wan1_3b(version), projector=RULES[version])
     names = {part: str(folder / name) for part, name in files.items()}
@@ -290,9 +291,9 @@ def _load_file(path, version, source):
         raise ValueError(f"{source}: keys start with {_first(unexpected)}; allowed are {', '.join(FILES)}")
     return _checked(cfg, parts, source=source, names=dict.fromkeys(FILES, source))
 
-# %% ../nbs/06a_weights.ipynb #a280bc14
+# %% ../nbs/06a_weights.ipynb #05671382
 def load_weights(
-    name="nano",  # "nano"; "v1" or "v1.1" once downloaded; a file that `save_weights` wrote; a folder with the official files
+    name="nano",  # "nano"; "v1" or "v1.1", if downloaded; a file from `save_weights`; a folder with the official files
     *,
     version: str | None = None,  # of official weights, "v1" or "v1.1"; None: as name, folder or hashes say
     variant: str = "tiny",  # decoder: "tiny", or "full" (Wan's, official weights only)
@@ -306,8 +307,8 @@ def load_weights(
     if path.is_dir() and name != "nano":
         return _load_folder(path, version, cfg, variant)
     if variant != "tiny":
-        raise ValueError(f"variant={variant!r} cannot be used with {name}: it has a decoder of its own; allowed is tiny, "
-                         "and full with official weights")
+        raise ValueError(f"variant={variant!r} cannot be used with {name}: it has a decoder of its own; allowed is "
+                         "tiny, and full with official weights")
     if name == "nano":
         with as_file(files("flashvsr_nb") / "assets" / "nano.safetensors") as path:
             if not path.is_file():
@@ -315,8 +316,8 @@ def load_weights(
             return _load_file(path, version, "nano")
     if not path.is_file() or path.suffix != ".safetensors":
         what = "not a *.safetensors file" if path.is_file() else "unknown"
-        raise ValueError(f"weights {str(name)!r}: {what}; allowed are 'nano', 'v1' and 'v1.1', a *.safetensors file written "
-                         f"by save_weights, or a folder with {', '.join(FILES.values())}")
+        raise ValueError(f"weights {str(name)!r}: {what}; allowed are 'nano', 'v1' and 'v1.1', a *.safetensors file "
+                         f"written by save_weights, or a folder with {', '.join(FILES.values())}")
     return _load_file(path, version, str(path))
 
 # %% ../nbs/06a_weights.ipynb #eb2edc57

@@ -432,7 +432,7 @@ def test_float16_refuses_what_it_cannot_hold(stored):
 
 def test_apple_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="finds no Apple GPU here; use cpu or auto"):
+    with pytest.raises(ValueError, match="finds no Apple GPU; use cpu or auto"):
         pick_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device("mps") == torch.device("mps")
