@@ -168,15 +168,17 @@ class Stream:
 
 # %% ../nbs/11_pipeline.ipynb #87e6511a
 def pick_device(
-    name="auto",  # "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1" …, or a torch.device
+    name="auto",  # "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1" …, "mps", or a torch.device
 ) -> torch.device:  # one that is there
     "The device meant, or one line on why it cannot be used."
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if str(name) == "auto":
         return torch.device("cuda" if gpus else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
-        raise ValueError(f"device={str(name)!r} is unknown; allowed are auto, cpu, cuda, cuda:0, cuda:1 …")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(name)):
+        raise ValueError(f"device={str(name)!r} is unknown; allowed are auto, cpu, cuda, cuda:0, cuda:1 …, mps")
     device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device='mps' cannot be used: torch {torch.__version__} finds no Apple GPU; use cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"device={str(name)!r} cannot be used: torch {torch.__version__} finds {gpus or 'no'} CUDA "
                          "GPU here; use cpu or auto")
@@ -219,7 +221,8 @@ class _Model(torch.nn.Module):
         if self._cond is None:
             self._cond = self.cond
             self.dit.drop_conditioning()
-        self.decoder.to(memory_format=torch.channels_last)
+        for p in self.decoder.parameters():  # not the 3-D convolutions of the full variant's
+            p.data = p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p
         return self
 
     def _apply(self, fn, *args, **kwargs):  # what .to(), .cuda(), .float() … call
@@ -369,17 +372,18 @@ class FlashVSR(_Model):
     @classmethod
     def from_pretrained(
         cls,
-        name="nano",  # "nano", a file that `save_weights` wrote, or the folder of an official checkpoint
+        name="nano",  # "nano", "v1" or "v1.1" once downloaded, a file that `save_weights` wrote, an official folder
         *,
-        version: str | None = None,  # of official weights, "v1" or "v1.1"; None: as the folder's name says
+        version: str | None = None,  # of official weights, "v1" or "v1.1"; None: as the folder's name or hashes say
+        variant: str = "tiny",  # decoder: "tiny", or "full": Wan's, for official weights
         device="auto",  # "auto", "cpu", "cuda", "cuda:1" …
-        dtype: torch.dtype | None = None,  # None: float32 on the CPU, bfloat16 on CUDA
+        dtype: torch.dtype | None = None,  # None: float32 on the CPU, else bfloat16, or float16 where the GPU lacks it
         attention: str = "auto",  # back end; "auto": the fastest exact one
     ):  # FlashVSR, ready to run
         "Load a model; what only its start needs is dropped again."
         device = pick_device(device)
         _check_attention(attention, device)
-        weights = load_weights(name, version=version)
+        weights = load_weights(name, version=version, variant=variant)
         if device.type == "cpu":
             _keep_freed_memory()
         return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention).freeze()
