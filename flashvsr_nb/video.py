@@ -328,7 +328,7 @@ def _pulled(graph, frame):
         except (av.error.BlockingIOError, av.error.EOFError):  # it wants more; it is done
             return
 
-# %% ../nbs/00_video.ipynb #cdf0896d
+# %% ../nbs/00_video.ipynb #642e0682
 def _to_rgb(info: VideoInfo, frame, kind: str, interlaced: bool):
     "The filter graph from a file's frames to upright RGB."
     scale = f"scale=out_range=full:{_EXACT}"
@@ -351,10 +351,8 @@ def _notices(info: VideoInfo, frame, bits: int):
         yield f"{info.bits} bits a colour are read as {bits}" + " (bits=16 keeps them)" * (bits == 8)
     if any(frame.side_data.get(t) is not None for t in (Type.DYNAMIC_HDR_PLUS, Type.DOVI_METADATA)):
         yield "the scene-by-scene notes of HDR10+ or Dolby Vision are dropped, the rest of HDR is kept"
-    if frame.interlaced_frame:
-        yield "interlaced; one frame is made of each two fields"
 
-# %% ../nbs/00_video.ipynb #bb8d9a7b
+# %% ../nbs/00_video.ipynb #0dcd2578
 def _read_video(info: VideoInfo, start: int, stop: int | None, bits: int):
     "(time stamp, frame) of each frame of a video."
     lost, n, last, step = [], 0, 0, round(1 / (info.fps * info.time_base))
@@ -384,7 +382,8 @@ def _read_video(info: VideoInfo, start: int, stop: int | None, bits: int):
             if graph is None or frame.interlaced_frame and not interlaced:
                 if graph is not None:
                     yield from rgb(None)
-                interlaced = frame.interlaced_frame
+                if interlaced := frame.interlaced_frame:
+                    warnings.warn(f"{info.path}: interlaced; one frame is made of each two fields", stacklevel=2)
                 graph = _to_rgb(info, frame, kind, interlaced)
             yield from rgb(frame)
             if n == stop:

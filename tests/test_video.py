@@ -459,11 +459,11 @@ def test_turned_clips_come_out_upright_everywhere(tmp_path, name):
     assert got.shape == upright.shape and np.abs(got - upright).mean() < 4
 
 
-def interlaced(n, still=0):
-    "n frames of two moments each, odd lines first, and what each moment looked like; the first `still` frames do not move."
+def interlaced(n):
+    "n frames of two moments each, odd lines first, and what each moment looked like."
     base = textured(1, 96, 224)[0]
     base = (np.roll(base, 4, 1) // 3 + base // 3 + np.roll(base, 2, 0) // 3)[..., :1].repeat(3, 2)  # colour has fewer lines
-    moments = [base[:, 3 * max(0, i - 2 * still):][:, :160] for i in range(2 * n)]
+    moments = [base[:, 3 * i:][:, :160] for i in range(2 * n)]
     odd = np.arange(96)[:, None, None] % 2
     return [np.where(odd, a, b) for a, b in zip(moments[::2], moments[1::2])], moments
 
@@ -490,6 +490,18 @@ def test_interlaced_becomes_whole_frames(tmp_path, codec, options, n):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_video(tmp_path / "b.mp4")
+
+
+def test_a_clip_that_becomes_interlaced(tmp_path):
+    for name, options in (("a", {"crf": "1"}), ("b", {"crf": "1", "x264-params": "bff=1"})):
+        make(tmp_path / f"{name}.h264", interlaced(6)[0], options=options)
+    (tmp_path / "c.h264").write_bytes((tmp_path / "a.h264").read_bytes() + (tmp_path / "b.h264").read_bytes())
+    with pytest.warns(UserWarning, match="interlaced; one frame is made") as seen:
+        got = read_video(tmp_path / "c.h264")
+    frames, moments = interlaced(6)
+    assert len(got) == 12 and len(seen) == 1
+    assert all(psnr(g, f) > 30 for g, f in zip(got[:6], frames)), "these are progressive and stay as they are"
+    assert all(psnr(g, m) > psnr(f, m) + 3 for g, f, m in zip(got[6:], frames, moments[::2]))
 
 
 def test_reading_a_part_of_an_interlaced_clip(tmp_path):
@@ -584,6 +596,24 @@ def test_webm_gets_its_own_subtitles(tmp_path):
     captioned(tmp_path / "a.mkv", "subrip")
     copy(tmp_path / "a.mkv", tmp_path / "b.webm")
     assert captions(tmp_path / "b.webm") == [("webvtt", "fra", [(80, "Ça va ?"), (480, "Très bien.")])]
+
+
+def test_subtitles_that_are_pictures_are_left_out_with_a_notice(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream, pictures = out.add_stream("libx264", rate=25), out.add_stream("dvdsub")
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        pictures.codec_context.extradata = b"palette: " + b", ".join([b"000000"] * 16)
+        for i, frame in enumerate(numbered(3)):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+            picture.pts, picture.time_base = i, Fraction(1, 25)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+    with pytest.warns(UserWarning, match="subtitles of kind dvd_?sub.* are left out; only .mkv can hold them"):
+        copy(tmp_path / "a.mkv", tmp_path / "b.webm")
+    assert len(read_video(tmp_path / "b.webm")) == 3
+    copy(tmp_path / "a.mkv", tmp_path / "b.mkv")
+    with av.open(str(tmp_path / "b.mkv")) as c:
+        assert len(c.streams.subtitles) == 1
 
 
 def test_title_and_chapters_come_with_like_alone(tmp_path):
@@ -955,6 +985,25 @@ def test_cut_anywhere_it_is_said_in_our_words(tmp_path, suffix):
                 assert len(read_video(cut)) <= 12
         except ValueError as error:
             assert str(error).startswith(str(cut)) and "Errno" not in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("target", ["b.mkv", "b.mp4"])
+def test_copying_what_is_damaged_fails_in_our_words_or_not_at_all(tmp_path, target):
+    make(tmp_path / "a.mkv", textured(25), options={"crf": "20"}, audio=["aac", "libmp3lame"])
+    data, dice, done = (tmp_path / "a.mkv").read_bytes(), np.random.default_rng(0), 0
+    for trial in range(30):
+        bad = bytearray(data[:dice.integers(len(data) // 3, len(data))] if trial % 2 else data)
+        for at in dice.integers(600, len(bad), 0 if trial % 4 == 1 else 8):
+            bad[at] ^= 1 << dice.integers(8)
+        (tmp_path / "c.mkv").write_bytes(bad)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                copy(tmp_path / "c.mkv", tmp_path / target, overwrite=True)
+            done += 1
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path)) and "Errno" not in str(error) and "\n" not in str(error)
+    assert done > 15
 
 
 def test_a_read_error_is_the_end_of_the_file(tmp_path, monkeypatch):
