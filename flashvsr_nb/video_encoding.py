@@ -158,7 +158,7 @@ def _rgb_to_yuv(width: int, height: int, pixels: str, matrix: int, range_: int, 
         scale += f":out_color_matrix={_MATRICES[matrix]}:out_chroma_loc=left"
     return _chain((width, height, "rgb24" if bits == 8 else "rgb48le"), tick, scale, f"format={pixels}")
 
-# %% ../nbs/00a_video_encoding.ipynb #33b5b216
+# %% ../nbs/00a_video_encoding.ipynb #4a1396cf
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1", "prores": "prores_ks"}
 _USUAL = {8: ("yuv420p", "yuv422p10le"), 16: ("yuv420p10le", "yuv422p10le")}  # the first that a codec has
 _ODD = {8: ("yuv444p", "yuv444p10le"), 16: ("yuv444p10le",)}  # for odd sides
@@ -195,8 +195,9 @@ def _options(encoder: str, crf: float, light: str) -> dict[str, str]:
 
     os.environ.setdefault("SVT_LOG", "1")  # else libsvtav1 prints a page about itself
     known = {o.name for o in av.CodecContext.create(encoder, "w").supported_options.private}
-    return ({"crf": str(crf)} if "crf" in known else {}) | (
-        {"x265-params": ":".join(filter(None, ("log-level=none", light)))} if encoder == "libx265" else {})
+    own = {"libx265": {"x265-params": ":".join(filter(None, ("log-level=none", light)))},
+           "libx264": {"x264-params": "asm=SSE2"}}  # with newer ones its look-ahead reads unwritten memory: other bytes
+    return ({"crf": str(crf)} if "crf" in known else {}) | own.get(encoder, {})
 
 
 def _mov_options(metadata) -> dict[str, str]:
