@@ -1,9 +1,13 @@
 """A stand-in for the hub on 127.0.0.1: serves bytes from memory, whole or from a position on, and remembers what was asked."""
 import hashlib
+import os
 import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+for _name in ("NO_PROXY", "no_proxy"):  # a proxy of this machine must not be asked for what is on it; children inherit this
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1"]))
 
 
 class Hub:

@@ -1,10 +1,13 @@
 """Official weights: fetched from a stand-in hub, continued, checked; their version never guessed; loaded into a model."""
 import hashlib
 import json
+import mmap
 import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -440,17 +443,46 @@ def test_apple_gpu_that_is_not_there(monkeypatch):
 
 # The official size
 
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    "HF_HOME with a release of the official shapes in bfloat16, downloaded in two attempts, the first one killed."
+    made, home = (tmp_path_factory.mktemp(name) for name in ("made", "home"))
+    cfg = ModelConfig.wan1_3b("v1.1")
+    release(made, cfg, lambda net, seed: {
+        key: torch.ones(t.shape, dtype=torch.bfloat16) if key.endswith(("gamma", "norm_q.weight", "norm_k.weight"))
+        else torch.empty(t.shape, dtype=torch.bfloat16).normal_(std=0.02) for key, t in net.state_dict().items()})
+    torch.save(torch.randn(1, 512, cfg.text_dim).bfloat16(), made / FILES["context"])
+    with ExitStack() as stack:
+        mapped = {path.name: mmap.mmap(stack.enter_context(open(path, "rb")).fileno(), 0, access=mmap.ACCESS_READ)
+                  for path in made.iterdir()}
+        known, paths, parent = hashes(mapped), served(mapped), home / "flashvsr_nb"
+        announce = {path: digest for path, (_, _, digest) in zip(paths, known, strict=True)}
+        part = weights_folder("v1.1", parent) / f"{FILES['dit']}.part"
+        hub = stack.enter_context(Hub(paths, announce=announce))
+        child = start(hub, parent, known, full=True)
+        while child.poll() is None and not (part.exists() and part.stat().st_size > 1e9):
+            time.sleep(0.005)
+        child.kill()
+        child.communicate()
+        got, before = part.stat().st_size, hub.sent
+        child = start(hub, parent, known, full=True)
+        assert child.wait(timeout=900) == 0, child.communicate()
+        everything = sum(map(len, mapped.values())) - len(mapped[FILES["context"]])
+        assert 1e9 < got < len(mapped[FILES["dit"]]) and everything - got <= hub.sent - before < everything - 1e9
+    shutil.rmtree(made)
+    yield home
+    shutil.rmtree(home)  # gigabytes, which pytest would keep
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["tiny", "full"])
-def test_official_shapes_load_strictly_and_one_chunk_runs(tmp_path, monkeypatch, variant):
-    "7.5 GB of synthetic weights; on CUDA in bfloat16 if there is one, else one chunk of 128x128 on the CPU."
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    folder = weights_folder("v1.1")
-    folder.mkdir(parents=True)
-    release(folder, ModelConfig.wan1_3b("v1.1"), lambda net, seed: {
-        key: (torch.randn(t.shape) * 0.01).to(torch.bfloat16) for key, t in net.state_dict().items()})
-    torch.save(torch.randn(1, 512, 4096).bfloat16(), folder / FILES["context"])
+@pytest.mark.parametrize("variant, decoder", [("tiny", 45_338_371), ("full", 73_295_603)])
+def test_official_shapes_load_strictly_and_one_chunk_runs(official, monkeypatch, variant, decoder):
+    "On a GPU a chunk of 768x1408 in its usual dtype, else one of 128x128 in float32 on the CPU."
+    monkeypatch.setenv("HF_HOME", str(official))
     model = FlashVSR.from_pretrained("v1.1", variant=variant)
     assert sum(p.numel() for p in model.projector.parameters()) == 287_845_888
-    sr = model.upscale(torch.randint(0, 256, (21, 32, 32, 3), dtype=torch.uint8).numpy(), progress=False)
-    assert sr.shape == (21, 128, 128, 3)
+    assert sum(p.numel() for p in model.decoder.parameters()) == decoder
+    height, width = (192, 352) if torch.cuda.is_available() else (32, 32)
+    frames = torch.randint(0, 256, (21, height, width, 3), dtype=torch.uint8).numpy()
+    sr = model.upscale(frames, progress=False)
+    assert sr.shape == (21, 4 * height, 4 * width, 3) and sr.std() > 1
