@@ -154,6 +154,15 @@ def _doctor(args):
     print(f"not well: {', '.join(bad)}; install flashvsr_nb again" if bad else "all well")
     return int(bool(bad))
 
+# %% ../nbs/11a_cli.ipynb #a1be0e3c
+def _download(args):
+    with _errors():
+        from flashvsr_nb.download import download
+
+        folder = download(args.release, args.folder, full=args.full, check=not args.unchecked,
+                          prompt_url=args.prompt_url)
+    print(f"{folder}: complete; use it with --weights {folder if args.folder else args.release}")
+
 # %% ../nbs/11a_cli.ipynb #2b8b68f4
 def _within(kind, low, high):
     "A reader of numbers from `low` to `high` for argparse."
@@ -239,7 +248,7 @@ def _bench(args):
         with _errors():
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/11a_cli.ipynb #060ebcda
+# %% ../nbs/11a_cli.ipynb #b7d26153
 def _parser():
     parser = _Parser(prog="flashvsr_nb", description="Video super-resolution: four times the size, frame for frame.",
                      allow_abbrev=False)
@@ -252,8 +261,8 @@ def _parser():
         return sub.add_argument
 
     def model(add):
-        add("--weights", default="nano", metavar="nano|PATH", help="nano, a file of our own or a folder with the "
-            "official files (default: nano)")
+        add("--weights", default="nano", metavar="NAME|PATH", help="nano; v1 or v1.1, if downloaded; a file of our "
+            "own; a folder with the official files (default: nano)")
         add("--weights-version", choices=("v1", "v1.1"), help="of official weights, if the folder's name does not say")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:1 … (default: auto, a GPU if there is one)")
         add("--attention", default="auto", metavar="NAME", help="back end; see 'flashvsr_nb doctor' (default: auto)")
@@ -274,6 +283,15 @@ def _parser():
                   "become nearly lossless H.264 (crf 4), a folder of PNGs is exact.")
     files(add)
     add("--preset", default="mild", help="clean, mild or real (default: mild)")
+    add = command("download", _download, "Fetch the official weights, 6.5 GB, or what is missing of them; stopped, it "
+                  "goes on when called again. HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HF_TOKEN and HF_HOME are "
+                  "respected.")
+    add("release", choices=("v1", "v1.1"), help="v1.1 is the newer one")
+    add("--folder", type=Path, help="where to make FlashVSR-v1 or FlashVSR-v1.1 (default: in the hub's cache, where "
+        "--weights v1 and --weights v1.1 look)")
+    add("--full", action="store_true", help="also the decoder of the full variant, 0.5 GB")
+    add("--unchecked", action="store_true", help="take files whose SHA-256 is not the known one")
+    add("--prompt-url", metavar="URL", help="of posi_prompt.pth, if not GitHub's")
     command("doctor", _doctor, "Say which versions, devices, attention back ends and weights are here.")
     add = command("bench", _bench, "Measure frames per second and memory on this machine.")
     add("--size", type=_size, default=(640, 384), metavar="WxH", help="of the output (default: 640x384)")

@@ -21,7 +21,7 @@ def fold(
     steps = lq.unflatten(2, (-1, frames)).permute(2, 0, 1, 3, 4, 5).flatten(0, 1)  # (g*B,3,frames,H,W)
     return F.pixel_unshuffle(steps.flatten(1, 2), patch).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/06_decoder.ipynb #23003bc4
+# %% ../nbs/06_decoder.ipynb #c98bd980
 class MemBlock(nn.Module):
     "A residual block that also sees its own input of one step ago."
 
@@ -41,7 +41,7 @@ class MemBlock(nn.Module):
     ):  # (T*B,C,h,w), and the past for the next call, (B,C,h,w)
         "All steps of a chunk at once: the past of step t is the input of step t−1."
         before = torch.cat([past, x[:-len(past)]])
-        return F.relu(self.conv(torch.cat([x, before], 1)) + x, inplace=True), x[-len(past):].clone()
+        return F.relu(self.conv(torch.cat([x, before], 1)).add_(x), inplace=True), x[-len(past):].clone()
 
 # %% ../nbs/06_decoder.ipynb #7cf580ba
 class TGrow(nn.Module):
@@ -114,7 +114,7 @@ def _check_shapes(latents, lq, state):
         raise ValueError(f"state: from {len(state[0])} videos of {tuple(state[0].shape[2:])} cells; "
                          f"the latents are {b} of {(h, w)}; pass state=None to start a new video")
 
-# %% ../nbs/06_decoder.ipynb #07a17725
+# %% ../nbs/06_decoder.ipynb #4ae80e58
 class TCDecoder(nn.Module):
     "Latents and LQ frames to SR frames; keys as in TCDecoder.ckpt: `decoder.{index of the layer}`."
 
@@ -163,14 +163,14 @@ class TCDecoder(nn.Module):
             else:
                 x = layer(x, len(lq)) if isinstance(layer, TGrow) else layer(x)
             if self.skips and i in (10, 16):
-                x = x + (self.skips[0](fold(lq, patch=4)) if i == 10 else self.skips[1](fold(lq, 2, patch=2)))
+                x = (self.skips[0](fold(lq, patch=4)) if i == 10 else self.skips[1](fold(lq, 2, patch=2))).add_(x)
         return x, new
 
     def _tail(self, x, lq):
         "Layers 20–26, (n*B,c2,H/2,W/2) to (2n*B,3,H,W): no memory, so in parts; full-size tensors are large."
         x = self.decoder[22](self.decoder[21](x, len(lq)))
         if self.skips:
-            x = x + self.skips[2](fold(lq, 1, patch=1))
+            x = self.skips[2](fold(lq, 1, patch=1)).add_(x)
         for layer in self.decoder[23:]:
             x = layer(x)
         return x

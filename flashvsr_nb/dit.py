@@ -17,7 +17,7 @@ from torch import nn
 from .attention import LCSA, attend
 from .patching import apply_rope, block_grid, rope_table, window_merge, window_partition
 
-# %% ../nbs/04_dit.ipynb #a4872c97
+# %% ../nbs/04_dit.ipynb #b95ad946
 @dataclass(frozen=True)
 class ModelConfig:
     "The numbers that describe one model: DiT, LQ projector, decoder and the policies they were trained with"
@@ -69,14 +69,15 @@ class ModelConfig:
         "The mask policy these weights were trained with"
         return LCSA(self.key_blocks, self.local_range)
 
-# %% ../nbs/04_dit.ipynb #73d44659
+# %% ../nbs/04_dit.ipynb #ba4b5a55
 def timestep_embedding(
     t: float, # diffusion time, 0 (clean) .. 1000 (noise)
     dim: int, # width, even
     *,
-    device=None, # where it is wanted; needs float64 there
+    device=None, # where to compute; the CPU instead of MPS
 ) -> torch.Tensor: # (1, dim) float64: cosines, then sines, of t * 10000^(-2i/dim)
     "Sinusoidal embedding of the diffusion time"
+    if device is not None and torch.device(device).type == 'mps': device = 'cpu' # MPS has no float64
     angle = t * 10000. ** (-torch.arange(dim // 2, dtype=torch.float64, device=device) / (dim // 2))
     return torch.cat([angle.cos(), angle.sin()])[None]
 
@@ -221,7 +222,7 @@ class Conditioning:
     t6: torch.Tensor # (1, 6, D)
     prompt: list # per block: (k, v), each (1, heads, n, d)
 
-# %% ../nbs/04_dit.ipynb #8e6a7cfb
+# %% ../nbs/04_dit.ipynb #cf57d169
 class DiT(nn.Module):
     "The streaming video DiT; module and parameter names are those of the official checkpoint (825 tensors)"
     def __init__(
@@ -247,8 +248,7 @@ class DiT(nn.Module):
         if not hasattr(self, 'text_embedding'):
             raise RuntimeError("DiT.condition: its weights were freed by drop_conditioning; load the model again")
         w = self.text_embedding[0].weight
-        device = None if w.device.type == 'mps' else w.device # MPS has no float64
-        e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim, device=device).to(w))
+        e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim, device=w.device).to(w))
         c = self.text_embedding(context.to(w))
         prompt = [b.cross_attn.prompt(c) for b in self.blocks]
         return Conditioning(e, self.time_projection(e).unflatten(1, (6, -1)), prompt)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['noise_at', 'prepare_lq', 'Stream', 'pick_device', 'peak_memory', 'Upscaled', 'Clip', 'write_clip', 'FlashVSR']
 
-# %% ../nbs/11_pipeline.ipynb #4dde068e
-import math, os, re, sys, time, warnings
+# %% ../nbs/11_pipeline.ipynb #2b05fe85
+import ctypes, math, os, re, sys, time, warnings
 from collections import deque
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def _reflected(n: int, before: int, total: int):
     i = torch.arange(-before, total - before).clamp(1 - n, 2 * n - 2)
     return (n - 1) - ((n - 1) - i.abs()).abs()
 
-# %% ../nbs/11_pipeline.ipynb #f4661310
+# %% ../nbs/11_pipeline.ipynb #4d70e264
 def prepare_lq(
     frames,  # (F,H,W,3) uint8, or float in [0,1]; array or tensor
     *,
@@ -76,7 +76,7 @@ def prepare_lq(
     resize: str = "torch",  # bicubic of "torch" (a = -0.75) or of Pillow, "pil" (a = -0.5, 8-bit in between)
     device=None,  # where the result is wanted; None: where `frames` are
 ):  # (1,3,F,H',W') float32 in [-1,1] on the 8-bit grid, H' and W' multiples of 128; the picture's (rows, columns) in it
-    "LR frames to LQ: bicubic enlargement, then mirrored to whole blocks (spec 1.1, and 1.2)."
+    "LR frames to LQ: bicubic enlargement, then mirrored to whole blocks."
     x = torch.as_tensor(frames)
     if x.ndim != 4 or x.shape[-1] != 3 or not x.numel():
         raise ValueError(f"prepare_lq: frames have shape {tuple(x.shape)}; it must be (F,H,W,3), none of them 0")
@@ -108,7 +108,7 @@ def _injected(noise, need, latents):
                          f"T at least {latents.stop} so far")
     return noise[:, :, latents.start:latents.stop]
 
-# %% ../nbs/11_pipeline.ipynb #ff458d17
+# %% ../nbs/11_pipeline.ipynb #74d891d6
 class Stream:
     "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
     def __init__(
@@ -129,7 +129,7 @@ class Stream:
         self,
         lq: torch.Tensor,  # (B,3,25,H,W) at the start, then (B,3,8,H,W), in [-1,1], in the model's dtype
     ) -> torch.Tensor:  # (B,16,6,H/8,W/8), then (B,16,2,H/8,W/8)
-        "LQ tokens, noise, one step of the DiT: clean latents x0 = noise - velocity (spec 5)."
+        "LQ tokens, noise, one step of the DiT: clean latents x0 = noise - velocity."
         m, at, h, w = self.model, chunk(self.k).latents, lq.shape[-2] // 8, lq.shape[-1] // 8
         x = (noise_at(at, h, w, seed=self.seed, channels=m.cfg.channels) if self.noise is None
              else _injected(self.noise, (m.cfg.channels, h, w), at)).to(lq).expand(len(lq), -1, -1, -1, -1)
@@ -168,15 +168,17 @@ class Stream:
 
 # %% ../nbs/11_pipeline.ipynb #87e6511a
 def pick_device(
-    name="auto",  # "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1" …, or a torch.device
+    name="auto",  # "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1" …, "mps", or a torch.device
 ) -> torch.device:  # one that is there
     "The device meant, or one line on why it cannot be used."
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if str(name) == "auto":
         return torch.device("cuda" if gpus else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
-        raise ValueError(f"device={str(name)!r} is unknown; allowed are auto, cpu, cuda, cuda:0, cuda:1 …")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(name)):
+        raise ValueError(f"device={str(name)!r} is unknown; allowed are auto, cpu, cuda, cuda:0, cuda:1 …, mps")
     device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device='mps' cannot be used: torch {torch.__version__} finds no Apple GPU; use cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"device={str(name)!r} cannot be used: torch {torch.__version__} finds {gpus or 'no'} CUDA "
                          "GPU here; use cpu or auto")
@@ -219,13 +221,22 @@ class _Model(torch.nn.Module):
         if self._cond is None:
             self._cond = self.cond
             self.dit.drop_conditioning()
-        self.decoder.to(memory_format=torch.channels_last)
+        for p in self.decoder.parameters():  # not the 3-D convolutions of the full variant's
+            p.data = p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p
         return self
 
     def _apply(self, fn, *args, **kwargs):  # what .to(), .cuda(), .float() … call
         if (c := self._cond) is not None:
             self._cond = Conditioning(fn(c.t), fn(c.t6), [tuple(map(fn, kv)) for kv in c.prompt])
         return super()._apply(fn, *args, **kwargs)
+
+# %% ../nbs/11_pipeline.ipynb #c055bbe8
+def _keep_freed_memory():
+    "Let glibc reuse large blocks instead of returning them at each `free`; elsewhere nothing."
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            mallopt(option, size)
 
 # %% ../nbs/11_pipeline.ipynb #db0951de
 def peak_memory(
@@ -355,23 +366,26 @@ def _tell(frames, progress, total, device):
             if callable(progress):
                 progress(done, total)
 
-# %% ../nbs/11_pipeline.ipynb #e84e8f94
+# %% ../nbs/11_pipeline.ipynb #1a7e0ac4
 class FlashVSR(_Model):
     "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
     @classmethod
     def from_pretrained(
         cls,
-        name="nano",  # "nano", a file that `save_weights` wrote, or the folder of an official checkpoint
+        name="nano",  # "nano", "v1" or "v1.1" once downloaded, a file that `save_weights` wrote, an official folder
         *,
-        version: str | None = None,  # of official weights, "v1" or "v1.1"; None: as the folder's name says
+        version: str | None = None,  # of official weights, "v1" or "v1.1"; None: as the folder's name or hashes say
+        variant: str = "tiny",  # decoder: "tiny", or "full": Wan's, for official weights
         device="auto",  # "auto", "cpu", "cuda", "cuda:1" …
-        dtype: torch.dtype | None = None,  # None: float32 on the CPU, bfloat16 on CUDA
+        dtype: torch.dtype | None = None,  # None: float32 on the CPU, else bfloat16, or float16 where the GPU lacks it
         attention: str = "auto",  # back end; "auto": the fastest exact one
     ):  # FlashVSR, ready to run
         "Load a model; what only its start needs is dropped again."
         device = pick_device(device)
         _check_attention(attention, device)
-        weights = load_weights(name, version=version)
+        weights = load_weights(name, version=version, variant=variant)
+        if device.type == "cpu":
+            _keep_freed_memory()
         return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention).freeze()
 
     def upscale(

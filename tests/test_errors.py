@@ -1,4 +1,4 @@
-"""Everything that the issue lists as a user's error: one line, exit code 1 or 2, nothing left behind or changed."""
+"""What a user can get wrong: one line, exit code 1 or 2, nothing left behind or changed."""
 import hashlib
 import os
 import subprocess

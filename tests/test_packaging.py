@@ -107,7 +107,7 @@ def test_wheel_metadata(wheel, settings):
     names = {name.split("/", 1)[1]: name for name in archive.namelist() if ".dist-info/" in name}
     about = Parser().parsestr(archive.read(names["METADATA"]).decode())
     assert about["Version"] == settings["version"] and about["Requires-Python"] == ">=" + settings["min_python"]
-    assert {*about.get_all("Provides-Extra")} == {"eval", "notebooks", "gpu", "dev", "all"}
+    assert {*about.get_all("Provides-Extra")} == {"hub", "eval", "notebooks", "gpu", "dev", "all"}
     core = [need for need in about.get_all("Requires-Dist") if "extra ==" not in need]
     assert "torch>=2.11" in core and len(core) == len(settings["requirements"].split())
     everything = " ".join(need for need in about.get_all("Requires-Dist") if "all" in need.split("extra == ")[-1])

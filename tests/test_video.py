@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import flashvsr_nb.video as video
+import flashvsr_nb.video_encoding as encoding
 from flashvsr_nb.video import (VideoInfo, VideoReader, VideoWriter, check_output, plot_style, probe, read_video,
                                show_images, write_video)
 
@@ -381,7 +381,7 @@ def test_matroska_milliseconds_become_the_exact_rate_again(tmp_path):
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.sampled_from([24, 25, NTSC, Fraction(54321, 1999)]),
        st.sampled_from([Fraction(1, 1000), Fraction(1, 90000), Fraction(1, 12800)]))
 def test_clock_stays_within_a_tick_and_never_stands_still(steps, fps, base):
-    clock, source = video._Clock(Fraction(fps), base), np.cumsum(steps).tolist()
+    clock, source = encoding._Clock(Fraction(fps), base), np.cumsum(steps).tolist()
     ticks = [clock(s) for s in source]
     assert all(b > a for a, b in zip(ticks, ticks[1:]))
     if all(b > a + 4 for a, b in zip(source, source[1:])):
@@ -389,7 +389,7 @@ def test_clock_stays_within_a_tick_and_never_stands_still(steps, fps, base):
 
 
 def test_clock_with_stamps_that_repeat_or_go_back():
-    clock = video._Clock(Fraction(25), Fraction(1, 1000))
+    clock = encoding._Clock(Fraction(25), Fraction(1, 1000))
     assert [clock(s) for s in (0, 0, 500, 300, 1000)] == [0, 1, 500, 501, 1000]
 
 
@@ -400,30 +400,115 @@ def test_counting_gives_the_exact_rate(tmp_path):
         assert stamps(tmp_path / "a.mp4") == [i / Fraction(exact) for i in range(6)]
 
 
-def test_rotation_and_pixel_aspect_are_kept(tmp_path):
-    make(tmp_path / "a.mp4", numbered(4), rotation=90, aspect=Fraction(4, 3))
-    a = probe(tmp_path / "a.mp4")
-    assert (a.rotation, a.aspect) == (90, Fraction(4, 3))
-    copy(tmp_path / "a.mp4", tmp_path / "b.mp4")
-    b = probe(tmp_path / "b.mp4")
-    assert (b.rotation, b.aspect) == (90, Fraction(4, 3))
+def matrix_of(turn):
+    "A stream side-data display matrix that turns by quarter turns counter-clockwise and then mirrors left and right."
+    quarter, mirror = turn
+    a, b, c, d = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][quarter]
+    return [-a, b, -c, d] if mirror else [a, b, c, d]
+
+
+@pytest.mark.parametrize("turn", [(q, m) for q in range(4) for m in (False, True)])
+def test_pictures_are_set_upright(tmp_path, turn):
+    a, b, c, d = matrix_of(turn)
+    with av.open(str(tmp_path / "a.mov"), "w") as out:
+        stream = out.add_stream("png", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb24"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        one = 1 << 16
+        stream.set_display_matrix([a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30])
+        picture = av.VideoFrame.from_ndarray(numbered(1)[0], format="rgb24")
+        picture.pts = 0
+        out.mux([*stream.encode(picture), *stream.encode(None)])
+    upright = np.rot90(numbered(1)[0], turn[0])
+    upright = upright[:, ::-1] if turn[1] else upright
+    info = probe(tmp_path / "a.mov")
+    assert np.array_equal(read_video(tmp_path / "a.mov")[0], upright)
+    assert (info.width, info.height) == upright.shape[1::-1]
+    assert info.aspect == (Fraction(3, 4) if turn[0] % 2 else Fraction(4, 3))
+    copy(tmp_path / "a.mov", tmp_path / "b.mp4")
+    after = probe(tmp_path / "b.mp4")
+    assert (after.width, after.height, after.aspect, after.turn) == (info.width, info.height, info.aspect, "")
+
+
+@pytest.mark.parametrize("degrees, quarters", [("90", 3), ("180", 2), ("270", 1), ("-90", 1), ("0", 0), ("x", 0)])
+def test_the_old_tag_turns_clockwise(tmp_path, degrees, quarters):
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+        stream.metadata["rotate"] = degrees
+        picture = av.VideoFrame.from_ndarray(numbered(1)[0], format="rgb24").reformat(format="bgr0")
+        picture.pts = 0
+        out.mux([*stream.encode(picture), *stream.encode(None)])
+    assert np.array_equal(read_video(tmp_path / "a.mkv")[0], np.rot90(numbered(1)[0], quarters))
+    copy(tmp_path / "a.mkv", tmp_path / "b.mkv")
+    assert probe(tmp_path / "b.mkv").turn == ""
+
+
+def test_a_slanted_picture_is_noticed(tmp_path):
+    make(tmp_path / "a.mp4", numbered(2), rotation=30)
+    with pytest.warns(UserWarning, match="only quarter turns are applied"):
+        assert read_video(tmp_path / "a.mp4").shape == (2, 48, 64, 3)
 
 
 @pytest.mark.parametrize("name", ["b.mkv", "b.mov", "b"])
-def test_rotation_survives_everywhere(tmp_path, name):
+def test_turned_clips_come_out_upright_everywhere(tmp_path, name):
     make(tmp_path / "a.mp4", numbered(2), rotation=90)
     copy(tmp_path / "a.mp4", tmp_path / name)
-    if name == "b":  # PNGs are turned themselves
-        upright = np.rot90(read_video(tmp_path / "a.mp4"), 1, (1, 2))
-        assert np.array_equal(read_video(tmp_path / name), upright)
-    else:
-        assert probe(tmp_path / name).rotation == 90
+    upright = np.rot90(numbered(2), 1, (1, 2)).astype(int)
+    got = read_video(tmp_path / name)
+    assert got.shape == upright.shape and np.abs(got - upright).mean() < 4
 
 
-def test_interlaced_is_noticed(tmp_path):
-    make(tmp_path / "a.mkv", numbered(3), options={"crf": "4", "x264-params": "tff=1"})
+def interlaced(n):
+    "n frames of two moments each, odd lines first, and what each moment looked like."
+    base = textured(1, 96, 224)[0]
+    base = (np.roll(base, 4, 1) // 3 + base // 3 + np.roll(base, 2, 0) // 3)[..., :1].repeat(3, 2)  # colour has fewer lines
+    moments = [base[:, 3 * i:][:, :160] for i in range(2 * n)]
+    odd = np.arange(96)[:, None, None] % 2
+    return [np.where(odd, a, b) for a, b in zip(moments[::2], moments[1::2])], moments
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("codec, options", [("libx264", {"crf": "1", "x264-params": "bff=1"}),
+                                            ("mpeg2video", {"flags": "+ildct+ilme", "b": "20000000"})])
+def test_interlaced_becomes_whole_frames(tmp_path, codec, options, n):
+    frames, moments = interlaced(n)
+    make(tmp_path / "a.mkv", frames, codec=codec, options=options)
+    if codec == "mpeg2video":  # its frames carry the flag only when they are encoded as fields
+        with av.open(str(tmp_path / "a.mkv")) as c:
+            if not next(c.decode(video=0)).interlaced_frame:
+                pytest.skip("this FFmpeg writes progressive MPEG-2")
+    with pytest.warns(UserWarning, match="interlaced; one frame is made of each two fields") as seen:
+        got = read_video(tmp_path / "a.mkv")
+    assert len(seen) == 1 and len(got) == n
+    if n > 4:  # nearer to the first moment of each frame than the woven frame is
+        assert all(psnr(g, m) > psnr(f, m) + 3 for g, f, m in zip(got, frames, moments[::2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copy(tmp_path / "a.mkv", tmp_path / "b.mp4")
+    assert stamps(tmp_path / "b.mp4") == [Fraction(i, 25) for i in range(n)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_video(tmp_path / "b.mp4")
+
+
+def test_a_clip_that_becomes_interlaced(tmp_path):
+    for name, options in (("a", {"crf": "1"}), ("b", {"crf": "1", "x264-params": "bff=1"})):
+        make(tmp_path / f"{name}.h264", interlaced(6)[0], options=options)
+    (tmp_path / "c.h264").write_bytes((tmp_path / "a.h264").read_bytes() + (tmp_path / "b.h264").read_bytes())
+    with pytest.warns(UserWarning, match="interlaced; one frame is made") as seen:
+        got = read_video(tmp_path / "c.h264")
+    frames, moments = interlaced(6)
+    assert len(got) == 12 and len(seen) == 1
+    assert all(psnr(g, f) > 30 for g, f in zip(got[:6], frames)), "these are progressive and stay as they are"
+    assert all(psnr(g, m) > psnr(f, m) + 3 for g, f, m in zip(got[6:], frames, moments[::2]))
+
+
+def test_reading_a_part_of_an_interlaced_clip(tmp_path):
+    make(tmp_path / "a.mkv", interlaced(8)[0], options={"crf": "1", "x264-params": "bff=1"})
     with pytest.warns(UserWarning, match="interlaced"):
-        read_video(tmp_path / "a.mkv")
+        with VideoReader(tmp_path / "a.mkv", start=2, frames=3) as reader:
+            assert [reader.pts * reader.info.time_base for _ in reader] == [Fraction(i, 25) for i in (2, 3, 4)]
 
 
 def test_mp4_starts_playing_before_it_is_loaded(clip, tmp_path):
@@ -442,6 +527,298 @@ def test_any_size_and_count_survives(tmp_path_factory, height, width, n, suffix)
     got = read_video(path)
     assert got.shape == frames.shape
     assert np.abs(got.astype(int) - frames).max() <= (4 if suffix else 0)
+
+
+# ---- what is copied: subtitles, chapters, title, a late start
+
+HEADER = b"[Script Info]\r\nScriptType: v4.00+\r\n\r\n[Events]\r\nFormat: Layer, Text\r\n"
+
+
+def captioned(path, kind, *, late=0, notes=None):
+    "A clip with a title, two chapters and two lines of subtitles; everything begins `late` ms after 0."
+    from av.subtitles.subtitle import SubtitleSet
+
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        out.metadata.update(notes or {"title": "Grün", "comment": "a clip"})
+        lines = out.add_stream(kind)
+        lines.metadata["language"] = "fra"
+        lines.codec_context.subtitle_header = HEADER
+        out.set_chapters([{"id": i, "start": late + 400 * i, "end": late + 400 * i + 400, "metadata": {"title": name},
+                           "time_base": Fraction(1, 1000)} for i, name in enumerate(("One", "Two"))])
+        out.start_encoding()
+        for i, frame in enumerate(numbered(20)):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+            picture.pts, picture.time_base = late + 40 * i, Fraction(1, 1000)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+        for ms, text in ((80, "Ça va ?"), (480, "Très bien.")):
+            packet = lines.codec_context.encode_subtitle(
+                SubtitleSet.create(b"0,0,Default,,0,0,0,," + text.encode(), 0, 200, pts=0))
+            packet.stream, packet.time_base, packet.duration = lines, Fraction(1, 1000), 200
+            packet.pts = packet.dts = late + ms
+            out.mux(packet)
+
+
+def captions(path):
+    "For each stream of subtitles its codec, language and lines: (ms, text without styles)."
+    import re
+
+    found = []
+    with av.open(str(path)) as c:
+        for s in c.streams.subtitles:
+            lines = [(round(1000 * p.pts * p.time_base), re.sub(r"{.*?}|^.*,,", "", rect.dialogue.decode()))
+                     for p in c.demux(s) if p.dts is not None and bytes(p) != bytes(2)
+                     for rect in s.codec_context.decode2(p) or ()]
+            found.append((s.codec_context.name, s.metadata.get("language"), lines))
+            c.seek(0)
+    return found
+
+
+@pytest.mark.parametrize("source, kind", [("a.mkv", "subrip"), ("a.mkv", "ass"), ("a.mp4", "mov_text"),
+                                          ("a.mkv", "webvtt")])
+@pytest.mark.parametrize("target", ["b.mp4", "b.mov", "b.mkv"])
+def test_subtitles_chapters_and_title_are_copied(tmp_path, source, kind, target):
+    captioned(tmp_path / source, kind)
+    copy(tmp_path / source, tmp_path / target)
+    ((name, language, lines),) = captions(tmp_path / target)
+    assert lines == [(80, "Ça va ?"), (480, "Très bien.")] and language == "fra"
+    assert (name == "mov_text") == (target != "b.mkv")
+    with av.open(str(tmp_path / target)) as c:
+        assert c.metadata["title"] == "Grün" and {k.lower(): v for k, v in c.metadata.items()}["comment"] == "a clip"
+        assert [(x["start"] * x["time_base"], x["end"] * x["time_base"], x["metadata"]["title"]) for x in c.chapters()] == [
+            (0, Fraction(2, 5), "One"), (Fraction(2, 5), Fraction(4, 5), "Two")]
+
+
+def test_webm_gets_its_own_subtitles(tmp_path):
+    captioned(tmp_path / "a.mkv", "subrip")
+    copy(tmp_path / "a.mkv", tmp_path / "b.webm")
+    assert captions(tmp_path / "b.webm") == [("webvtt", "fra", [(80, "Ça va ?"), (480, "Très bien.")])]
+
+
+def test_subtitles_that_are_pictures_are_left_out_with_a_notice(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream, pictures = out.add_stream("libx264", rate=25), out.add_stream("dvdsub")
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        pictures.codec_context.extradata = b"palette: " + b", ".join([b"000000"] * 16)
+        for i, frame in enumerate(numbered(3)):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+            picture.pts, picture.time_base = i, Fraction(1, 25)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+    with pytest.warns(UserWarning, match="subtitles of kind dvd_?sub.* are left out; only .mkv can hold them"):
+        copy(tmp_path / "a.mkv", tmp_path / "b.webm")
+    assert len(read_video(tmp_path / "b.webm")) == 3
+    copy(tmp_path / "a.mkv", tmp_path / "b.mkv")
+    with av.open(str(tmp_path / "b.mkv")) as c:
+        assert len(c.streams.subtitles) == 1
+
+
+def test_title_and_chapters_come_with_like_alone(tmp_path):
+    captioned(tmp_path / "a.mkv", "subrip")
+    write_video(tmp_path / "b.mp4", numbered(20), like=probe(tmp_path / "a.mkv"))
+    assert captions(tmp_path / "b.mp4") == []
+    with av.open(str(tmp_path / "b.mp4")) as c:
+        assert c.metadata["title"] == "Grün" and len(c.chapters()) == 2
+
+
+def test_a_phone_s_long_notes_are_kept(tmp_path):
+    notes = {"com.apple.quicktime.model": "Phone 7", "com.apple.quicktime.location.ISO6709": "+48.1+011.5/"}
+    captioned(tmp_path / "c.mkv", "subrip", notes=notes)
+    with av.open(str(tmp_path / "c.mkv")) as c:
+        said = {k.lower(): v for k, v in c.metadata.items()}
+    copy(tmp_path / "c.mkv", tmp_path / "b.mov")
+    with av.open(str(tmp_path / "b.mov")) as c:
+        after = {k.lower(): v for k, v in c.metadata.items()}
+    assert {k.lower(): after.get(k.lower()) for k in notes} == {k.lower(): said[k.lower()] for k in notes}
+
+
+@pytest.mark.parametrize("target", ["b.mp4", "b.mov", "b.mkv"])
+def test_a_clip_that_begins_late_begins_at_once(tmp_path, target):
+    captioned(tmp_path / "a.mkv", "subrip", late=90_000)
+    assert probe(tmp_path / "a.mkv").start == 90
+    copy(tmp_path / "a.mkv", tmp_path / target)
+    assert stamps(tmp_path / target) == [Fraction(i, 25) for i in range(20)]
+    assert captions(tmp_path / target)[0][2] == [(80, "Ça va ?"), (480, "Très bien.")]
+    with av.open(str(tmp_path / target)) as c:
+        assert [x["start"] * x["time_base"] for x in c.chapters()] == [0, Fraction(2, 5)]
+
+
+def test_a_broadcast_keeps_its_sound_in_step(tmp_path):
+    make(tmp_path / "a.ts", numbered(30), audio=["mp2"])
+    assert probe(tmp_path / "a.ts").start > 0
+    copy(tmp_path / "a.ts", tmp_path / "b.mp4")
+    (before,), (after,) = sounds(tmp_path / "a.ts"), sounds(tmp_path / "b.mp4")
+    shift = stamps(tmp_path / "b.mp4")[0] - stamps(tmp_path / "a.ts")[0]
+    assert shift < 0 and [h for _, h in before] == [h for _, h in after]
+    assert all(abs(b - a - shift) <= Fraction(1, 48000) + Fraction(1, 90000) for (a, _), (b, _) in zip(before, after))
+
+
+@pytest.mark.parametrize("target", ["b.mp4", "b.mkv"])
+def test_two_recordings_in_one_file_follow_each_other(tmp_path, target):
+    make(tmp_path / "a.ts", numbered(50), audio=["mp2"])
+    (tmp_path / "twice.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
+    once = stamps(tmp_path / "twice.ts")
+    assert len(once) == 100 and once[50] < once[49] - 1, "its clock must go back for this test to mean anything"
+    with pytest.warns(RuntimeWarning, match=r"damaged or breaks off: 9\d frames"):  # the seam breaks a packet
+        copy(tmp_path / "twice.ts", tmp_path / target)
+    times = stamps(tmp_path / target)
+    assert max(b - a for a, b in zip(times, times[1:])) <= Fraction(3, 25) and len(times) >= 97
+    assert order(read_video(tmp_path / target), 50)[-50:] == [i % 30 for i in range(50)]
+    (before,), (after,) = sounds(tmp_path / "twice.ts"), sounds(tmp_path / target)
+    assert [h for _, h in before] == [h for _, h in after]
+    steps = [b - a for (a, _), (b, _) in zip(after, after[1:])]
+    assert all(abs(step - Fraction(24, 1000)) <= Fraction(1, 1000) for step in steps)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(-5000, 5000), st.integers(1, 60))
+def test_a_clock_that_starts_anywhere(first, step):
+    clock = encoding._Clock(Fraction(25), Fraction(1, 1000), Fraction(first, 1000))
+    times = [clock(first + step * i) * clock.tick * 1000 for i in range(5)]
+    assert times[0] == 0 and all(abs(time - step * i) <= 1 for i, time in enumerate(times))
+
+
+# ---- codecs, pixel formats, 10 bits, HDR
+
+MASTERED = "master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,50):max-cll=1000,400"
+
+
+def deep(n=3):
+    "n frames of 16 bits, smooth, so that a codec keeps them."
+    x = np.linspace(0, 65535, 64)[None, :, None] * np.array([1, 0.7, 0.4]) * np.ones((48, 1, 1))
+    return np.stack([np.roll(x, i, 1) for i in range(n)]).round().astype(np.uint16)
+
+
+def hdr(path, transfer=16, light=MASTERED):
+    "A clip of HDR."
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx265", rate=25, options={"x265-params": f"log-level=none:{light}".rstrip(":")})
+        stream.width, stream.height, stream.pix_fmt, context = 64, 48, "yuv420p10le", stream.codec_context
+        context.colorspace, context.color_range, context.color_primaries, context.color_trc = 9, 1, 9, transfer
+        for i, frame in enumerate(deep()):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb48le")
+            picture = picture.reformat(format="yuv420p10le", dst_colorspace=9, dst_color_range=1)
+            picture.pts = i
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("target", ["b.mp4", "b.mkv", "b.mov"])
+@pytest.mark.parametrize("transfer, light", [(16, MASTERED), (16, ""), (18, "")])
+def test_hdr_is_kept_in_16_bits(tmp_path, transfer, light, target):
+    hdr(tmp_path / "a.mkv", transfer, light)
+    before = probe(tmp_path / "a.mkv")
+    assert (before.light, before.bits) == (light, 10)
+    with VideoReader(tmp_path / "a.mkv", bits=16) as reader, VideoWriter(tmp_path / target, 64, 48, like=reader.info,
+                                                                         bits=16, crf=2) as writer:
+        frames = [frame for frame in reader if writer.write(frame, pts=reader.pts) is None]
+    after = probe(tmp_path / target)
+    for name in ("matrix", "range", "primaries", "transfer", "light", "bits", "pixel_format", "codec"):
+        assert getattr(before, name) == getattr(after, name)
+    off = np.abs(read_video(tmp_path / target, bits=16).astype(int) - frames)
+    assert np.median(off) < 128, "two steps of 10 bits"
+
+
+@pytest.mark.parametrize("transfer, name", [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused_in_8_bits(tmp_path, transfer, name):
+    hdr(tmp_path / "a.mkv", transfer)
+    with pytest.raises(ValueError, match=rf"HDR \({name}\) would show bands.*make an SDR copy .*bits=16") as error:
+        VideoReader(tmp_path / "a.mkv")
+    one_line(error)
+    for wrong in ({}, {"bits": 16, "pixel_format": "yuv420p"}):
+        with pytest.raises(ValueError, match=rf"HDR \({name}\) needs frames of 16 bits") as error:
+            VideoWriter(tmp_path / "b.mkv", 64, 48, like=probe(tmp_path / "a.mkv"), **wrong)
+        one_line(error)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mkv"]
+
+
+def test_light_levels_that_a_codec_cannot_keep_are_noticed(tmp_path):
+    hdr(tmp_path / "a.mkv")
+    with pytest.warns(UserWarning, match="light levels of HDR10 are kept by hevc only"):
+        write_video(tmp_path / "b.mkv", deep(), like=probe(tmp_path / "a.mkv"), codec="av1")
+
+
+def test_16_bits_lose_nothing_in_ffv1(tmp_path):
+    write_video(tmp_path / "a.mkv", deep(), codec="ffv1")
+    assert np.array_equal(read_video(tmp_path / "a.mkv", bits=16), deep())
+    write_video(tmp_path / "b.mkv", numbered(3), codec="ffv1")
+    assert np.array_equal(read_video(tmp_path / "b.mkv"), numbered(3))
+    assert np.array_equal(read_video(tmp_path / "b.mkv", bits=16), numbered(3) * np.uint16(257))
+
+
+@pytest.mark.parametrize("tags", [(1, 1), (9, 1), (6, 2)])
+def test_10_bits_are_read_as_16_with_their_matrix_and_range(tmp_path, tags):
+    like = VideoInfo(Path("x"), 64, 48, Fraction(25), 1, Fraction(1, 25), matrix=tags[0], range=tags[1])
+    write_video(tmp_path / "a.mkv", deep(), like=like, codec="ffv1", pixel_format="yuv444p10le")
+    assert (probe(tmp_path / "a.mkv").matrix, probe(tmp_path / "a.mkv").range) == tags
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is dropped, so nothing is said
+        off = np.abs(read_video(tmp_path / "a.mkv", bits=16).astype(int) - deep())
+    assert off.max() < 256, "a step of 8 bits"
+    assert off.mean() < (64 if tags[1] == 1 else 80), "a step of 10 bits; swscale stretches full range by 0.2 %"
+
+
+@pytest.mark.parametrize("name, codec, pixels, found", [
+    ("a.mp4", None, None, ("h264", "yuv420p")), ("a.mp4", "h264", "yuv444p", ("h264", "yuv444p")),
+    ("a.mp4", "hevc", "yuv422p10le", ("hevc", "yuv422p10le")), ("a.mp4", "av1", None, ("libdav1d", "yuv420p")),
+    ("a.mov", "prores", None, ("prores", "yuv422p10le")), ("a.mkv", "vp9", None, ("vp9", "yuv420p")),
+    ("a.mkv", "ffv1", None, ("ffv1", "bgr0")), ("a.webm", "av1", "yuv420p10le", ("libdav1d", "yuv420p10le")),
+    ("a.mkv", "libx264", "yuv420p10le", ("h264", "yuv420p10le"))])
+@pytest.mark.filterwarnings("ignore:.*10 bits")
+def test_codec_and_pixel_format_by_choice(tmp_path, name, codec, pixels, found):
+    write_video(tmp_path / name, numbered(5), codec=codec, pixel_format=pixels)
+    info = probe(tmp_path / name)
+    assert (info.codec, info.pixel_format) == found
+    assert order(read_video(tmp_path / name), 5) == list(range(5))
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(codec="h265"), "no such video encoder; allowed are h264 hevc"), (dict(codec="aac"), "no such video encoder"),
+    (dict(pixel_format="yuv410p"), "cannot have pixel format yuv410p; allowed are yuv420p"),
+    (dict(codec="vp9", pixel_format="yuv420p10le"), "cannot have pixel format"),
+    (dict(codec="av1", width=65), "cannot have pixel format yuv444p; allowed are"),
+    (dict(pixel_format="yuv420p", width=65), "needs even sides, not 65x48; take yuv444p"),
+    (dict(bits=10), "bits=10: allowed are 8 and 16"), (dict(codec="av1", crf=64), "crf from 0 to 51")])
+def test_what_does_not_go_together_is_refused(tmp_path, options, said):
+    with pytest.raises(ValueError, match=said) as error:
+        VideoWriter(tmp_path / "a.mkv", **{"width": 64, "height": 48, **options})
+    one_line(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_16_bits_and_images_do_not_go_together(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="bits=8 only"):
+        VideoReader(tmp_path / "a.png", bits=16)
+    with pytest.raises(ValueError, match="bits=8 only"):
+        VideoWriter(tmp_path / "out", 64, 48, bits=16)
+    with pytest.raises(ValueError, match="allowed are 8 and 16"):
+        VideoReader(tmp_path / "a.png", bits=12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_apple_s_players_recognise_hevc(tmp_path, n):
+    write_video(tmp_path / "a.mp4", numbered(n), codec="hevc")
+    assert b"hvc1" in (tmp_path / "a.mp4").read_bytes()
+    assert order(read_video(tmp_path / "a.mp4"), n) == list(range(n))
+
+
+def test_an_encoder_that_refuses_is_quoted(tmp_path):
+    with pytest.raises(ValueError, match=r"\.mkv cannot hold mjpeg video of 64x48 \(.*\); try another codec") as error:
+        VideoWriter(tmp_path / "a.mkv", 64, 48, codec="mjpeg")
+    one_line(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_open_gop_gives_every_frame(tmp_path):
+    make(tmp_path / "a.mkv", textured(40), options={"crf": "1", "x264-params": "open-gop=1:keyint=8:bframes=3:b-adapt=0"})
+    got = read_video(tmp_path / "a.mkv")
+    assert len(got) == 40 and min(psnr(g, t) for g, t in zip(got, textured(40))) > 20
+    copy(tmp_path / "a.mkv", tmp_path / "b.mp4")
+    assert stamps(tmp_path / "b.mp4") == [Fraction(i, 25) for i in range(40)]
 
 
 # ---- images
@@ -592,6 +969,55 @@ def test_file_that_breaks_off(tmp_path, suffix, codec):
     assert 5 < len(got) < 55
     intact = len(got) - 4 * (suffix == ".mkv")  # there the last packet looks whole, and the decoder patches it up
     assert np.array_equal(got[:intact], read_video(whole)[:intact])
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".webm", ".ts", ".avi"])
+def test_cut_anywhere_it_is_said_in_our_words(tmp_path, suffix):
+    whole, cut = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    codec = {".webm": "libvpx-vp9", ".avi": "mpeg4"}.get(suffix, "libx264")
+    make(whole, textured(12), codec=codec, options={"b": "2000000"} if codec == "mpeg4" else {"crf": "20"})
+    data = whole.read_bytes()
+    for end in [*range(0, 900, 37), *range(900, len(data), len(data) // 40)]:
+        cut.write_bytes(data[:end])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert len(read_video(cut)) <= 12
+        except ValueError as error:
+            assert str(error).startswith(str(cut)) and "Errno" not in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("target", ["b.mkv", "b.mp4"])
+def test_copying_what_is_damaged_fails_in_our_words_or_not_at_all(tmp_path, target):
+    make(tmp_path / "a.mkv", textured(25), options={"crf": "20"}, audio=["aac", "libmp3lame"])
+    data, dice, done = (tmp_path / "a.mkv").read_bytes(), np.random.default_rng(0), 0
+    for trial in range(30):
+        bad = bytearray(data[:dice.integers(len(data) // 3, len(data))] if trial % 2 else data)
+        for at in dice.integers(600, len(bad), 0 if trial % 4 == 1 else 8):
+            bad[at] ^= 1 << dice.integers(8)
+        (tmp_path / "c.mkv").write_bytes(bad)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                copy(tmp_path / "c.mkv", tmp_path / target, overwrite=True)
+            done += 1
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path)) and "Errno" not in str(error) and "\n" not in str(error)
+    assert done > 15
+
+
+def test_a_read_error_is_the_end_of_the_file(tmp_path, monkeypatch):
+    import flashvsr_nb.video as reading
+
+    make(tmp_path / "a.mkv", textured(12))
+    error = av.error.FFmpegError(5, "Input/output error")
+
+    def broken(path):
+        raise error
+
+    monkeypatch.setattr(av, "open", lambda *a, **k: broken(a))
+    with pytest.raises(ValueError, match="a.mkv: not a video that can be read"):
+        reading.probe(tmp_path / "a.mkv")
 
 
 def test_mp4_without_its_table_of_contents(tmp_path):
@@ -794,6 +1220,27 @@ def test_ctrl_c_keeps_a_playable_file(clip, tmp_path, name):
         assert float(sounds(tmp_path / name)[0][-1][0]) < 12 / NTSC + 0.1
 
 
+@pytest.mark.parametrize("name", ["frames", "one.png"])
+def test_ctrl_c_while_a_png_is_written_leaves_no_half_picture(tmp_path, monkeypatch, name):
+    save = Image.Image.save
+
+    def half(self, path, *args, **kwargs):
+        save(self, path, *args, **kwargs)
+        if name == "one.png" or Path(path).name == "00000003.png":
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        with VideoWriter(tmp_path / name, 64, 48) as writer:
+            for frame in numbered(5):
+                writer.write(frame)
+    if name == "one.png":
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert order(read_video(tmp_path / name), 5) == [0, 1]
+
+
 def test_a_real_sigint_keeps_a_playable_file(tmp_path):
     code = ("import itertools, sys, time, numpy as np; from flashvsr_nb.video import VideoWriter\n"
             "with VideoWriter(sys.argv[1], 64, 48) as writer:\n"
@@ -831,7 +1278,7 @@ def test_failure_while_closing_leaves_nothing(tmp_path, monkeypatch):
     def full(self, whole):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video._Encoder, "finish", full)
+    monkeypatch.setattr(encoding._Encoder, "finish", full)
     with pytest.raises(OSError, match="No space left"):
         write_video(tmp_path / "a.mp4", numbered(2))
     assert list(tmp_path.iterdir()) == []
@@ -863,7 +1310,7 @@ def test_frames_do_not_pile_up(tmp_path):
 
 
 def test_memory_of_the_process_does_not_grow_with_the_clip(tmp_path):
-    code = ("import resource, sys; from flashvsr_nb.video import *; import numpy as np\n"
+    code = ("import resource, sys; from flashvsr_nb.video import VideoReader, write_video; import numpy as np\n"
             "frames = (np.full((192, 320, 3), i % 250, np.uint8) for i in range(int(sys.argv[1])))\n"
             "write_video(sys.argv[2], frames)\n"
             "with VideoReader(sys.argv[2]) as reader: assert sum(1 for f in reader) == int(sys.argv[1])\n"

@@ -1,10 +1,9 @@
 """Draw nbs/images/compare.jpg: bicubic, nano and the original of one frame of data/city, with an enlarged part below."""
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-from flashvsr_nb.pipeline import FlashVSR
+from flashvsr_nb.pipeline import FlashVSR, prepare_lq
 from flashvsr_nb.video import read_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,7 +13,8 @@ FRAME, LEFT, TOP, WIDTH, HEIGHT = 12, 370, 90, 150, 90  # the part, in HR pixels
 def main():
     lr, hr = (read_video(ROOT / f"data/city_{k}.mp4", frames=25) for k in ("lr", "hr"))
     sr = FlashVSR.from_pretrained("nano").upscale(lr, progress=False)[FRAME]
-    bicubic = np.asarray(Image.fromarray(lr[FRAME]).resize((hr.shape[2], hr.shape[1]), Image.BICUBIC))
+    lq, (rows, cols) = prepare_lq(lr[FRAME:FRAME + 1])  # what nano starts from: torch's bicubic
+    bicubic = ((lq[0, :, 0, rows, cols].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     sheet = Image.new("RGB", (900, 362), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (name, a) in enumerate((("bicubic", bicubic), ("nano", sr), ("original", hr[FRAME]))):

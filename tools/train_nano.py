@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flashvsr_nb.clips import Clips
 from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.pipeline import FlashVSR
-from flashvsr_nb.training import Clips, Trainer, load_checkpoint, save_checkpoint, start_weights, widen
+from flashvsr_nb.training import Trainer, load_checkpoint, save_checkpoint, start_weights, widen
 from flashvsr_nb.video import read_video
 from flashvsr_nb.weights import save_weights
 

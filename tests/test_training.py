@@ -1,0 +1,129 @@
+"""Pairs to learn from, the losses, the wider decoder, and what came out: nano itself."""
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashvsr_nb.clips import Clips, draw_recipe, fly_over, moving_stills
+from flashvsr_nb.decoder import TCDecoder
+from flashvsr_nb.dit import ModelConfig
+from flashvsr_nb.pipeline import FlashVSR
+from flashvsr_nb.training import Trainer, detail_target, loss_terms, psnr_y, run_clip, start_weights, widen
+from flashvsr_nb.weights import load_weights
+
+NANO = Path(__file__).resolve().parent.parent / "flashvsr_nb/assets/nano.safetensors"
+SMALL = replace(ModelConfig.nano(), dim=128, heads=1, layers=1, ffn_dim=32, text_dim=8, freq_dim=8, proj_dims=(4, 8),
+                decoder_channels=(8, 8, 4, 4))
+
+
+@pytest.fixture
+def stills():
+    torch.manual_seed(0)
+    return [F.interpolate(torch.rand(1, 3, 20, 30), (200, 300), mode="bicubic").mul(255).clamp(0, 255).byte()[0]]
+
+
+def pairs(stills, **options):
+    with ThreadPoolExecutor(1) as workers:
+        return Clips(stills, [], frames=25, size=128, pool=2, workers=workers, **options).batch(2)
+
+
+def test_clean_pairs_are_exact_reductions(stills):
+    "LR is cut from the reduced clip: away from the cut's border it is the reduction of the HR crop."
+    hr, lr = pairs(stills, coded=0.0)
+    small = F.interpolate(hr.flatten(0, 1) / 255, scale_factor=1 / 4, mode="bicubic", antialias=True)
+    d = (small.clamp(0, 1) * 255).round() - lr.flatten(0, 1)
+    assert d[..., 3:-3, 3:-3].abs().max() <= 1
+
+
+def test_coded_pairs_are_damaged(stills):
+    hr, lr = pairs(stills, coded=1.0)
+    small = F.interpolate(hr.flatten(0, 1) / 255, scale_factor=1 / 4, mode="bicubic", antialias=True)
+    assert 0.5 < (small * 255 - lr.flatten(0, 1)).abs().mean() < 20
+
+
+def test_frozen_pairs_repeat_one_frame(stills):
+    hr, lr = pairs(stills, frozen=1.0)
+    assert hr.shape == (2, 25, 3, 128, 128) and lr.shape == (2, 25, 3, 32, 32)
+    assert (hr == hr[:, :1]).all() and (lr == lr[:, :1]).all()
+
+
+def test_real_clips_smaller_than_a_crop_are_mirrored(stills):
+    torch.manual_seed(0)
+    video = torch.randint(0, 256, (30, 3, 50, 400), dtype=torch.uint8)
+    with ThreadPoolExecutor(1) as workers:
+        hr, _ = Clips(stills, [video], frames=25, size=128, pool=1, real=1.0, frozen=0.0, workers=workers).batch(1)
+    assert hr.shape == (1, 25, 3, 128, 128)
+
+
+def test_same_seed_same_clip(stills):
+    made = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        made.append((moving_stills(stills, 4, size=64), draw_recipe()))
+    assert torch.equal(made[0][0], made[1][0]) and made[0][1] == made[1][1]
+
+
+def test_camera_moves_by_its_speed(stills):
+    torch.manual_seed(1)
+    slow, fast = (fly_over(stills[0], 6, size=64, speed=s).diff(dim=0).abs().mean() for s in (0.2, 6.0))
+    assert 0 < slow < fast / 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(more=st.tuples(*[st.integers(0, 5)] * 4), seed=st.integers(0, 99), pyramid=st.booleans())
+def test_wider_decoder_gives_the_same(more, seed, pyramid):
+    torch.manual_seed(seed)
+    channels = (6, 4, 4, 3)
+    narrow, wide = (TCDecoder(c, 16, residual=True, pyramid=pyramid)
+                    for c in (channels, tuple(a + b for a, b in zip(channels, more))))
+    widen(wide, narrow)
+    z, lq = torch.randn(1, 16, 2, 4, 4), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    with torch.no_grad():
+        assert (wide(z, lq)[0] - narrow(z, lq)[0]).abs().max() < 1e-5
+
+
+def test_detail_of_the_first_latent_is_frame_0():
+    torch.manual_seed(0)
+    hr, lq = torch.rand(1, 9, 3, 16, 16), torch.rand(1, 9, 3, 16, 16)
+    target = detail_target(hr, lq)
+    assert target.shape == (1, 16, 3, 2, 2)
+    assert torch.allclose(target[:, :, 0], detail_target(hr[:, :1], lq[:, :1])[:, :, 0], atol=1e-6)
+    one = sum(detail_target(hr[:, t:t + 1], lq[:, t:t + 1])[:, :, 0] for t in range(1, 5)) / 4
+    assert torch.allclose(target[:, :, 1], one, atol=1e-5)
+
+
+def test_losses_vanish_only_at_the_truth():
+    torch.manual_seed(0)
+    hr = torch.rand(1, 3, 3, 16, 16)
+    same, off = loss_terms(hr, hr), loss_terms((hr + 0.1 * torch.randn_like(hr)).clamp(0, 1), hr)
+    assert all(off[name] > same[name] + 1e-3 for name in same)
+    assert psnr_y(hr[0], hr[0]) > 80 > 30 > psnr_y(hr[0], 1 - hr[0])
+
+
+def test_some_steps_make_it_better(stills):
+    torch.manual_seed(0)
+    hr, lr = pairs(stills, coded=1.0)
+    trainer = Trainer(start_weights(FlashVSR(SMALL)), minutes=1, lr=3e-3, warmup=1)
+    losses = [float(trainer.update(hr[:1], lr[:1])["loss"]) for _ in range(6)]
+    assert losses[-1] < losses[0] - 0.002
+
+
+def test_gradients_reach_every_weight(stills):
+    torch.manual_seed(0)
+    hr, lr = pairs(stills, coded=0.0)
+    model = FlashVSR(SMALL)
+    sr, latents = run_clip(model, lr[:1] / 255)
+    (sr.square().mean() + latents.square().mean()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_nano_is_what_the_config_says():
+    weights = load_weights("nano")
+    size = sum(t.numel() for part in (weights.dit, weights.projector, weights.decoder) for t in part.values())
+    assert weights.cfg == ModelConfig.nano()
+    assert size + weights.context.numel() < 5e6 and NANO.stat().st_size < 10e6
