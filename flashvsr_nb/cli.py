@@ -51,7 +51,7 @@ def _upscale(args):
         model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, device=args.device,
                                          attention=args.attention)
         done = model.upscale(args.input, args.output, seed=args.seed, crf=args.crf, overwrite=args.overwrite,
-                             progress=not args.quiet)
+                             scene_cut=args.scene_cut, progress=not args.quiet)
     if not args.quiet:
         memory = f", at most {done.memory / 2**30:.2f} GiB" if done.memory else ""
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height} in {done.seconds:.1f} s, "
@@ -270,6 +270,8 @@ def _parser():
     files(add)
     model(add)
     add("--crf", type=_within(float, 0, 51), default=16, help="quality of the video, 0 best to 51 worst (default: 16)")
+    add("--scene-cut", choices=("auto", "off"), default="auto", help="auto: forget the past at each cut, so that no "
+        "ghost of the old scene is left; off: never (default: auto)")
     add = command("degrade", _degrade, "Make a test input: four times smaller and worse; same seed, same bytes. Videos "
                   "become nearly lossless H.264 (crf 4), a folder of PNGs is exact.")
     files(add)

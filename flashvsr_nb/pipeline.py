@@ -23,6 +23,7 @@ from .attention import backends
 from .decoder import TCDecoder, color_fix
 from .dit import Conditioning, DiT, ModelConfig
 from .kv_cache import KVCache, LQProjector, chunk
+from .scenes import split_scenes
 from .video import VideoReader, VideoWriter
 from .weights import build, load_weights
 
@@ -280,7 +281,7 @@ class Clip:
         if (first := next(frames, None)) is None:
             raise ValueError("input: no frames in it")
         self.height, self.width = first.shape[:2]
-        self.frames = chain([first], frames)
+        self.frames = chain(iter([first]), frames)  # of a list itself the chain would never let go
 
     def _read(self, frames):
         for i, frame in enumerate(frames):
@@ -338,12 +339,12 @@ def _enlarge(model, stream, frames):
     return sr.add_(1).mul_(127.5).round_().byte().transpose(0, 1).cpu().numpy()
 
 
-def _run(model, stream, clip):
-    "The SR frames of a clip, a chunk at a time."
+def _run(model, stream, frames):
+    "The SR frames of a scene, a chunk at a time."
     given = sent = 0
     while True:
         want = len(chunk(stream.k).lq)
-        new = list(islice(clip.frames, want))
+        new = list(islice(frames, want))
         ended, given, last = len(new) < want, given + len(new), new[-1:] or last
         if ended and sent == given:
             return
@@ -391,6 +392,7 @@ class FlashVSR(_Model):
         *,
         seed: int = 0,  # of the noise
         noise=None,  # (1,16,T,H'/8,W'/8) to use instead; H', W': 4H, 4W up to multiples of 128
+        scene_cut: str = "auto",  # "auto": each scene as if it were a clip of its own, noise included; "off": one clip
         fps=None,  # frames per second of the output; None: the input's, else 25
         crf: float = 16,  # quality of a video: 0 best to 51 worst
         overwrite: bool = False,  # an existing output may be replaced
@@ -398,9 +400,13 @@ class FlashVSR(_Model):
     ):  # with an output: Upscaled; else uint8 (F,4H,4W,3) or (4H,4W,3) for an array, an iterator of frames for the rest
         "Four times the size, frame for frame, in memory that does not depend on the number of frames."
         noise_at(range(0), 1, 1, seed=seed)  # refuses a wrong seed now
+        if scene_cut not in ("auto", "off"):
+            raise ValueError(f"scene_cut={scene_cut!r}; allowed are 'auto' and 'off'")
         clip, device = Clip(input), self.context.device
-        stream = Stream(self, seed=seed, noise=noise, backend=self.attention)
-        sr = _tell(_run(self, stream, clip), progress, clip.total, device)
+        options = dict(seed=seed, noise=noise, backend=self.attention)
+        scenes = split_scenes(clip.frames) if scene_cut == "auto" else [clip.frames]
+        sr = chain.from_iterable(_run(self, Stream(self, **options), scene) for scene in scenes)
+        sr = _tell(sr, progress, clip.total, device)
         if output is not None:
             return write_clip(clip, sr, output, scale=4, fps=fps, device=device, crf=crf, overwrite=overwrite)
         if not hasattr(input, "shape"):

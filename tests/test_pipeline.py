@@ -328,6 +328,48 @@ def test_progress(model, capsys):
     assert "2/2" in err and "frames/s" in err and "memory" in err and "<" in err  # < precedes the time left
 
 
+# ---- scenes
+
+def joined(first, second, cut, after, size=24):
+    "The middle of two clips of data/, one after the other, (cut+after,size,size,3)."
+    parts = [read_video(DATA / f"{name}_lr.mp4", frames=n) for name, n in ((first, cut), (second, after))]
+    return np.concatenate(parts)[:, 36:36 + size, 68:68 + size]
+
+
+@pytest.mark.parametrize("cut, after", [(21, 23), (23, 22), (5, 9), (29, 1)])
+def test_frames_after_a_cut_equal_a_fresh_start(model, monkeypatch, cut, after):
+    x, pushed, push = joined("bbb", "city", cut, after), [], Stream.push
+    monkeypatch.setattr(Stream, "push", lambda self, lq: pushed.append(push(self, lq).clone()) or pushed[-1])
+    whole = model.upscale(x, seed=3, progress=False)
+    kept, pushed[:] = [*pushed], []
+    assert np.array_equal(whole[cut:], model.upscale(x[cut:], seed=3, progress=False))
+    fresh = torch.cat(pushed, 2)
+    assert (torch.cat(kept[-len(pushed):], 2) - fresh).abs().max() < 1e-4  # in float32, before it is rounded
+    pushed.clear()
+    assert np.array_equal(whole[:cut], model.upscale(x[:cut], seed=3, progress=False))  # what precedes it ends there
+
+
+def test_without_scenes_the_past_shows(model):
+    x = joined("bbb", "city", 23, 9)
+    off = model.upscale(x, scene_cut="off", progress=False)
+    assert off.shape == (32, 96, 96, 3)
+    assert not np.array_equal(off[23:], model.upscale(x[23:], progress=False))
+    assert np.array_equal(off, np.stack(list(model.upscale(iter(x), scene_cut="off", progress=False))))
+    calm = x[:23]
+    assert np.array_equal(model.upscale(calm, progress=False), model.upscale(calm, scene_cut="off", progress=False))
+
+
+def test_given_noise_starts_with_each_scene(model):
+    x = joined("dog", "city", 7, 5)
+    assert np.array_equal(model.upscale(x, noise=noise_at(range(6), 16, 16, seed=5), progress=False),
+                          model.upscale(x, seed=5, progress=False))
+
+
+def test_upscale_refuses_unknown_scene_cut(model):
+    with pytest.raises(ValueError, match="scene_cut='on'; allowed are 'auto' and 'off'"):
+        model.upscale(clip(1), scene_cut="on")
+
+
 # ---- files
 
 def small_video(path, frames=23, **options):
