@@ -6,8 +6,9 @@
 __all__ = ['main']
 
 # %% ../nbs/11a_cli.ipynb #648fea72
-import argparse, json, os, platform, sys, tempfile, time, warnings
+import argparse, json, os, platform, re, sys, tempfile, time, warnings
 from contextlib import contextmanager
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 
@@ -44,14 +45,16 @@ def _upscale(args):
     from flashvsr_nb.video import check_output, probe
 
     with _errors():
-        probe(args.input)  # what can be checked without torch comes first: it takes seconds to load
+        info = probe(args.input)  # what can be checked without torch comes first: it takes seconds to load
         check_output(args.output, source=args.input, overwrite=args.overwrite)
         from flashvsr_nb.pipeline import FlashVSR
 
         model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, device=args.device,
                                          attention=args.attention)
-        done = model.upscale(args.input, args.output, seed=args.seed, crf=args.crf, overwrite=args.overwrite,
-                             scene_cut=args.scene_cut, progress=not args.quiet)
+        start, frames = (_in_frames(at, info.fps) for at in (args.start, args.frames))
+        done = model.upscale(args.input, args.output, scale=args.scale, start=start, frames=frames, seed=args.seed,
+                             crf=args.crf, overwrite=args.overwrite, scene_cut=args.scene_cut,
+                             progress=not args.quiet)
     if not args.quiet:
         memory = f", at most {done.memory / 2**30:.2f} GiB" if done.memory else ""
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height} in {done.seconds:.1f} s, "
@@ -69,12 +72,13 @@ def _degrade(args):
         from tqdm import tqdm
 
         from flashvsr_nb.degradation import degrade_stream
-        from flashvsr_nb.pipeline import Clip, write_clip
+        from flashvsr_nb.files import Clip, write_clip
 
         clip = Clip(args.input)
         frames = degrade_stream(clip.frames, args.preset, seed=args.seed)
         bar = tqdm(frames, total=clip.total, unit=" frames", dynamic_ncols=True, disable=args.quiet)
-        done = write_clip(clip, bar, args.output, scale=1 / 4, crf=4, overwrite=args.overwrite)
+        done = write_clip(clip, bar, args.output, size=(clip.width // 4, clip.height // 4), crf=4,
+                          overwrite=args.overwrite)
     if not args.quiet:
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height}, preset {args.preset}, "
               f"seed {args.seed}")
@@ -165,6 +169,23 @@ def _within(kind, low, high):
 
     read.__name__ = "number"
     return read
+
+
+def _moment(text):
+    "Frames from a word like 48, seconds (a Fraction) from one like 2.5s or 1:30, for argparse."
+    if text.isdecimal():
+        return int(text)
+    if not (parts := re.fullmatch(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)(s?)", text)) or not (parts[1] or parts[4]):
+        raise argparse.ArgumentTypeError(f"{text!r}; write frames like 48, or time like 2.5s, 1:30 or 1:02:03")
+    seconds = Fraction(0)
+    for part in filter(None, parts.groups()[:3]):
+        seconds = seconds * 60 + Fraction(part)
+    return seconds
+
+
+def _in_frames(at, fps):
+    "What `_moment` read, as a number of frames; of a time above 0 at least one."
+    return max(round(at * fps), at > 0) if isinstance(at, Fraction) else at
 
 
 def _size(text):
@@ -270,6 +291,11 @@ def _parser():
     files(add)
     model(add)
     add("--crf", type=_within(float, 0, 51), default=16, help="quality of the video, 0 best to 51 worst (default: 16)")
+    add("--scale", type=_within(float, 1, 4), default=4, help="1 to 4; made 4 times as large, then resampled "
+        "(default: 4)")
+    add("--start", type=_moment, default=0, metavar="N|TIME", help="frames to skip, or time: 48, 2.5s, 1:30")
+    add("--frames", "--preview", type=_moment, metavar="N|TIME", help="frames to upscale at most, or time: "
+        "--preview 1s")
     add("--scene-cut", choices=("auto", "off"), default="auto", help="auto: forget the past at each cut, so that no "
         "ghost of the old scene is left; off: never (default: auto)")
     add = command("degrade", _degrade, "Make a test input: four times smaller and worse; same seed, same bytes. Videos "

@@ -71,7 +71,9 @@ def test_version(capsys):
     ([], "COMMAND"), (["enlarge"], "invalid choice: 'enlarge'"), (["upscale"], "IN, OUT"),
     (["upscale", "a", "b", "--sed", "1"], "--sed"), (["upscale", "a", "b", "--seed", "x"], "'x'"),
     (["upscale", "a", "b", "--seed", "-1"], "-1 is not between 0 and"), (["upscale", "a", "b", "--crf", "52"], "0 and 51"),
-    (["upscale", "a", "b", "--weights-version", "v2"], "v1.1"), (["upscale", "a", "b", "--scene-cut", "on"], "auto"), (["bench", "--size", "640"], "like 640x384"),
+    (["upscale", "a", "b", "--weights-version", "v2"], "v1.1"), (["upscale", "a", "b", "--scene-cut", "on"], "auto"),
+    (["upscale", "a", "b", "--scale", "5"], "between 1 and 4"), (["upscale", "a", "b", "--start", "1.5"], "like 2.5s"),
+    (["upscale", "a", "b", "--preview", "a minute"], "1:30"), (["bench", "--size", "640"], "like 640x384"),
     (["bench", "--size", "641x384"], "multiples of 4"), (["bench", "--frames", "0"], "between 1")])
 def test_wrong_arguments_are_one_line_and_2(arguments, said, capsys):
     assert main(arguments) == 2
@@ -112,9 +114,10 @@ def test_upscale_options_reach_the_model(lr, tmp_path, monkeypatch):
     monkeypatch.setattr("flashvsr_nb.pipeline.FlashVSR", Stub)
     assert main(["upscale", str(lr), str(tmp_path / "o.mkv"), "--weights", "w", "--weights-version", "v1", "--device",
                  "cuda", "--attention", "sdpa", "--seed", "7", "--crf", "20.5", "--overwrite", "--quiet",
-                 "--scene-cut", "off"]) == 0
+                 "--scene-cut", "off", "--scale", "1.5", "--start", "2", "--preview", "0.1s"]) == 0
     assert seen["load"] == (("w",), dict(version="v1", device="cuda", attention="sdpa"))
-    assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(seed=7, crf=20.5, overwrite=True, scene_cut="off", progress=False))
+    assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(
+        scale=1.5, start=2, frames=2, seed=7, crf=20.5, overwrite=True, scene_cut="off", progress=False))
 
 
 def test_upscale_with_a_folder_of_official_files(lr, tmp_path, monkeypatch, capsys):
