@@ -203,6 +203,67 @@ def test_ctrl_c_while_loading_leaves_nothing(lr, tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["lr.mp4"]
 
 
+# ---- several inputs, parts, lines for programs
+
+@pytest.fixture
+def videos(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(("a.mp4", "b.mkv")):
+        write_video(tmp_path / "in" / name, clip(3 + i, seed=i))
+    return tmp_path / "in"
+
+
+def test_a_folder_of_videos(videos, tmp_path, capsys):
+    assert main(["upscale", str(videos), str(tmp_path / "out"), "--device", "cpu", "--scale", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 2 and "a.mp4: 3 frames of 32x32" in out and "b.mkv: 4 frames of 32x32" in out
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.mp4", "b.mkv"]
+
+
+def test_one_of_several_fails(videos, tmp_path, monkeypatch, capsys):
+    whole = FlashVSR.upscale
+
+    def fail(self, source, *args, **kwargs):
+        if source.name == "a.mp4":
+            error = OSError("disk full")
+            error.add_note("nothing was written")
+            raise error
+        return whole(self, source, *args, **kwargs)
+    monkeypatch.setattr(FlashVSR, "upscale", fail)
+    out = tmp_path / "out"
+    assert main(["upscale", str(videos / "a.mp4"), str(videos / "b.mkv"), str(out), "--quiet", "--output-format", "png"]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err == [f"flashvsr_nb: {videos / 'a.mp4'}: disk full; nothing was written",
+                   f"flashvsr_nb: 1 of 2 inputs failed, the others are in {out}"]
+    assert os.listdir(out) == ["b"] and len(read_video(out / "b")) == 4
+
+
+def test_several_inputs_are_checked_first(videos, tmp_path, capsys):
+    (videos / "c.mp4").write_text("no video")
+    assert main(["upscale", str(videos), str(tmp_path / "out")]) == 2
+    assert "c.mp4: not a video" in capsys.readouterr().err and os.listdir(tmp_path) == ["in"]
+
+
+def test_broken_off_input_of_several_is_1(videos, tmp_path, capsys):
+    write_video(videos / "c.mkv", clip(30))
+    whole = (videos / "c.mkv").read_bytes()
+    (videos / "c.mkv").write_bytes(whole[:len(whole) * 7 // 10])
+    assert main(["upscale", str(videos), str(tmp_path / "out"), "--quiet", "--frames", "30"]) == 1
+    assert "c.mkv: damaged or breaks off" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.mp4", "b.mkv", "c.mkv"]
+
+
+def test_lines_for_programs(lr, tmp_path, capsys):
+    assert main(["upscale", str(lr), str(tmp_path / "sr.mp4"), "--json", "--preview", "2"]) == 0
+    out, err = capsys.readouterr()
+    *progress, done = map(json.loads, out.splitlines())
+    assert err == "" and progress[-1]["done"] == progress[-1]["total"] == 2 and progress[-1]["event"] == "progress"
+    assert (done["event"], done["output"], done["frames"], done["width"]) == ("done", str(tmp_path / "sr.mp4"), 2, 64)
+    assert main(["upscale", str(lr), str(tmp_path / "sr.mp4"), "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["exit_code"] == 2 and json.loads(out)["message"] in err and "exists already" in err
+
+
 # ---- degrade
 
 def test_degrade_same_seed_same_bytes(tmp_path):
