@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from .options import MANUAL, in_frames, json_progress, moment, plan_jobs, say_json
+
 # %% ../nbs/11a_cli.ipynb #0ff255a2
 class _Stop(Exception):
     "The end of a command: exit code and what to tell."
@@ -40,22 +42,45 @@ class _Parser(argparse.ArgumentParser):
         raise _Stop(2, f"{message}; see {self.prog} --help")
 
 # %% ../nbs/11a_cli.ipynb #4348ecec
-def _upscale(args):
-    from flashvsr_nb.video import check_output, probe
-
+def _upscale_one(model, info, output, args):
+    "One input to one output, and what to say of it."
+    start, frames = (in_frames(at, info.fps) for at in (args.start, args.frames))
     with _errors():
-        probe(args.input)  # what can be checked without torch comes first: it takes seconds to load
-        check_output(args.output, source=args.input, overwrite=args.overwrite)
+        done = model.upscale(info.path, output, scale=args.scale, start=start, frames=frames, seed=args.seed,
+                             crf=args.crf, overwrite=args.overwrite, scene_cut=args.scene_cut,
+                             progress=json_progress(info.path) if args.lines else not args.quiet)
+    if args.lines:
+        say_json("done", input=info.path, output=done.path, frames=done.frames, width=done.width, height=done.height,
+                 seconds=round(done.seconds, 3), peak_memory_bytes=done.memory)
+    elif not args.quiet:
+        memory = f", at most {done.memory / 2**30:.2f} GiB" if done.memory else ""
+        print(f"{done.path}: {done.frames} frames of {done.width}x{done.height} in {done.seconds:.1f} s, "
+              f"{done.frames / done.seconds:.2f} frames/s{memory}")
+
+
+def _upscale(args):
+    from flashvsr_nb.video import probe
+
+    with _errors():  # what can be checked without torch comes first: it takes seconds to load
+        jobs = plan_jobs(args.input, args.output, kind=args.output_format, overwrite=args.overwrite)
+        jobs = [(probe(source), output) for source, output in jobs]
         from flashvsr_nb.pipeline import FlashVSR
 
         model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, device=args.device,
                                          attention=args.attention)
-        done = model.upscale(args.input, args.output, seed=args.seed, crf=args.crf, overwrite=args.overwrite,
-                             progress=not args.quiet)
-    if not args.quiet:
-        memory = f", at most {done.memory / 2**30:.2f} GiB" if done.memory else ""
-        print(f"{done.path}: {done.frames} frames of {done.width}x{done.height} in {done.seconds:.1f} s, "
-              f"{done.frames / done.seconds:.2f} frames/s{memory}")
+        if jobs[0][1] != args.output:
+            args.output.mkdir(exist_ok=True)
+    failed = 0
+    for info, output in jobs:
+        try:
+            _upscale_one(model, info, output, args)
+        except _Stop as stop:
+            if len(jobs) == 1:
+                raise
+            failed += 1
+            warnings.warn(f"{info.path}: {stop.args[1]}", stacklevel=1)
+    if failed:
+        raise _Stop(1, f"{failed} of {len(jobs)} inputs failed, the others are in {args.output}")
 
 # %% ../nbs/11a_cli.ipynb #d70d21b4
 def _degrade(args):
@@ -69,12 +94,13 @@ def _degrade(args):
         from tqdm import tqdm
 
         from flashvsr_nb.degradation import degrade_stream
-        from flashvsr_nb.pipeline import Clip, write_clip
+        from flashvsr_nb.files import Clip, write_clip
 
         clip = Clip(args.input)
         frames = degrade_stream(clip.frames, args.preset, seed=args.seed)
         bar = tqdm(frames, total=clip.total, unit=" frames", dynamic_ncols=True, disable=args.quiet)
-        done = write_clip(clip, bar, args.output, scale=1 / 4, crf=4, overwrite=args.overwrite)
+        done = write_clip(clip, bar, args.output, size=(clip.width // 4, clip.height // 4), crf=4,
+                          overwrite=args.overwrite)
     if not args.quiet:
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height}, preset {args.preset}, "
               f"seed {args.seed}")
@@ -255,8 +281,10 @@ def _parser():
     parser.add_argument("--version", action="version", version=_version("flashvsr_nb"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    def command(name, run, text):
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def command(name, run, text, manual=None):
+        shape = argparse.RawDescriptionHelpFormatter if manual else argparse.HelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, epilog=manual, formatter_class=shape,
+                                  allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub.add_argument
 
@@ -267,18 +295,30 @@ def _parser():
         add("--device", default="auto", help="auto, cpu, cuda or cuda:1 … (default: auto, a GPU if there is one)")
         add("--attention", default="auto", metavar="NAME", help="back end; see 'flashvsr_nb doctor' (default: auto)")
 
-    def files(add):
-        add("input", metavar="IN", type=Path, help="video, image or folder of images")
+    def files(add, several=False):
+        more = " (several, or a folder of videos: OUT is a folder)" if several else ""
+        add("input", metavar="IN", type=Path, nargs="+" if several else None, help="video, image or folder of images"
+            + more)
         add("output", metavar="OUT", type=Path, help=".mp4 .mov .mkv .webm, .png for one frame, or a folder for PNGs "
             "(a name without suffix)")
         add("--seed", type=_within(int, 0, 2**63 - 1), default=0, help="same seed, same result (default: 0)")
         add("--overwrite", action="store_true", help="replace an existing output")
         add("--quiet", action="store_true", help="no progress bar, no summary")
 
-    add = command("upscale", _upscale, "Make a video four times as large.")
-    files(add)
+    add = command("upscale", _upscale, "Make videos four times as large.", MANUAL)
+    files(add, several=True)
     model(add)
     add("--crf", type=_within(float, 0, 51), default=16, help="quality of the video, 0 best to 51 worst (default: 16)")
+    add("--scale", type=_within(float, 1, 4), default=4, help="1 to 4; made 4 times as large, then resampled "
+        "(default: 4)")
+    add("--start", type=moment, default=0, metavar="N|TIME", help="frames to skip, or time: 48, 2.5s, 1:30")
+    add("--frames", "--preview", type=moment, metavar="N|TIME", help="frames to upscale at most, or time: "
+        "--preview 1s")
+    add("--output-format", choices=("video", "png"), help="of outputs in a folder (default: as the input; for one "
+        "input and a folder, PNGs)")
+    add("--json", dest="lines", action="store_true", help="progress and results as lines of JSON on stdout")
+    add("--scene-cut", choices=("auto", "off"), default="auto", help="auto: forget the past at each cut, so that no "
+        "ghost of the old scene is left; off: never (default: auto)")
     add = command("degrade", _degrade, "Make a test input: four times smaller and worse; same seed, same bytes. Videos "
                   "become nearly lossless H.264 (crf 4), a folder of PNGs is exact.")
     files(add)
@@ -305,7 +345,7 @@ def main(
     argv=None,  # list of arguments; None: those of the process
 ) -> int:  # exit code: 0 done, 1 failed on the way, 2 cannot be done as asked, 130 interrupted
     "The command `flashvsr_nb`."
-    missing, source = [], None
+    missing, sources, lines = [], (), False
 
     def say(text):
         from tqdm import tqdm
@@ -313,7 +353,7 @@ def main(
         tqdm.write(f"flashvsr_nb: {' '.join(str(text).split())}", file=sys.stderr)  # above a progress bar, if any
 
     def show(message, category, *where):
-        if category is RuntimeWarning and str(message).startswith(f"{source}:"):
+        if category is RuntimeWarning and str(message).startswith(sources):
             message = f"{message}; the output has these"
             missing.append(message)
         say(message)
@@ -322,14 +362,17 @@ def main(
         warnings.showwarning = show
         try:
             args = _parser().parse_args(argv)
-            source = getattr(args, "input", None)
+            given, lines = getattr(args, "input", []), getattr(args, "lines", False)
+            sources = tuple(map(str, given if isinstance(given, list) else [given]))
             return args.run(args) or int(bool(missing))
         except _Stop as stop:
-            say(stop.args[1])
-            return stop.args[0]
+            code, text = stop.args
         except KeyboardInterrupt as stop:
-            say(f"interrupted; {getattr(stop, '__notes__', ['nothing was written'])[-1]}")
-            return 130
+            code, text = 130, f"interrupted; {getattr(stop, '__notes__', ['nothing was written'])[-1]}"
+        say(text)
+        if lines:
+            say_json("error", message=text, exit_code=code)
+        return code
 
 # %% ../nbs/11a_cli.ipynb #780c04dd
 #| eval: false

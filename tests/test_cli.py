@@ -71,7 +71,9 @@ def test_version(capsys):
     ([], "COMMAND"), (["enlarge"], "invalid choice: 'enlarge'"), (["upscale"], "IN, OUT"),
     (["upscale", "a", "b", "--sed", "1"], "--sed"), (["upscale", "a", "b", "--seed", "x"], "'x'"),
     (["upscale", "a", "b", "--seed", "-1"], "-1 is not between 0 and"), (["upscale", "a", "b", "--crf", "52"], "0 and 51"),
-    (["upscale", "a", "b", "--weights-version", "v2"], "v1.1"), (["bench", "--size", "640"], "like 640x384"),
+    (["upscale", "a", "b", "--weights-version", "v2"], "v1.1"), (["upscale", "a", "b", "--scene-cut", "on"], "auto"),
+    (["upscale", "a", "b", "--scale", "5"], "between 1 and 4"), (["upscale", "a", "b", "--start", "1.5"], "like 2.5s"),
+    (["upscale", "a", "b", "--preview", "a minute"], "1:30"), (["bench", "--size", "640"], "like 640x384"),
     (["bench", "--size", "641x384"], "multiples of 4"), (["bench", "--frames", "0"], "between 1")])
 def test_wrong_arguments_are_one_line_and_2(arguments, said, capsys):
     assert main(arguments) == 2
@@ -111,9 +113,11 @@ def test_upscale_options_reach_the_model(lr, tmp_path, monkeypatch):
             seen["run"] = a, k
     monkeypatch.setattr("flashvsr_nb.pipeline.FlashVSR", Stub)
     assert main(["upscale", str(lr), str(tmp_path / "o.mkv"), "--weights", "w", "--weights-version", "v1", "--device",
-                 "cuda", "--attention", "sdpa", "--seed", "7", "--crf", "20.5", "--overwrite", "--quiet"]) == 0
+                 "cuda", "--attention", "sdpa", "--seed", "7", "--crf", "20.5", "--overwrite", "--quiet",
+                 "--scene-cut", "off", "--scale", "1.5", "--start", "2", "--preview", "0.1s"]) == 0
     assert seen["load"] == (("w",), dict(version="v1", device="cuda", attention="sdpa"))
-    assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(seed=7, crf=20.5, overwrite=True, progress=False))
+    assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(
+        scale=1.5, start=2, frames=2, seed=7, crf=20.5, overwrite=True, scene_cut="off", progress=False))
 
 
 def test_upscale_with_a_folder_of_official_files(lr, tmp_path, monkeypatch, capsys):
@@ -197,6 +201,67 @@ def test_ctrl_c_while_loading_leaves_nothing(lr, tmp_path, monkeypatch, capsys):
     assert main(["upscale", str(lr), str(tmp_path / "sr.mp4")]) == 130
     assert capsys.readouterr().err == "flashvsr_nb: interrupted; nothing was written\n"
     assert os.listdir(tmp_path) == ["lr.mp4"]
+
+
+# ---- several inputs, parts, lines for programs
+
+@pytest.fixture
+def videos(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(("a.mp4", "b.mkv")):
+        write_video(tmp_path / "in" / name, clip(3 + i, seed=i))
+    return tmp_path / "in"
+
+
+def test_a_folder_of_videos(videos, tmp_path, capsys):
+    assert main(["upscale", str(videos), str(tmp_path / "out"), "--device", "cpu", "--scale", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 2 and "a.mp4: 3 frames of 32x32" in out and "b.mkv: 4 frames of 32x32" in out
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.mp4", "b.mkv"]
+
+
+def test_one_of_several_fails(videos, tmp_path, monkeypatch, capsys):
+    whole = FlashVSR.upscale
+
+    def fail(self, source, *args, **kwargs):
+        if source.name == "a.mp4":
+            error = OSError("disk full")
+            error.add_note("nothing was written")
+            raise error
+        return whole(self, source, *args, **kwargs)
+    monkeypatch.setattr(FlashVSR, "upscale", fail)
+    out = tmp_path / "out"
+    assert main(["upscale", str(videos / "a.mp4"), str(videos / "b.mkv"), str(out), "--quiet", "--output-format", "png"]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err == [f"flashvsr_nb: {videos / 'a.mp4'}: disk full; nothing was written",
+                   f"flashvsr_nb: 1 of 2 inputs failed, the others are in {out}"]
+    assert os.listdir(out) == ["b"] and len(read_video(out / "b")) == 4
+
+
+def test_several_inputs_are_checked_first(videos, tmp_path, capsys):
+    (videos / "c.mp4").write_text("no video")
+    assert main(["upscale", str(videos), str(tmp_path / "out")]) == 2
+    assert "c.mp4: not a video" in capsys.readouterr().err and os.listdir(tmp_path) == ["in"]
+
+
+def test_broken_off_input_of_several_is_1(videos, tmp_path, capsys):
+    write_video(videos / "c.mkv", clip(30))
+    whole = (videos / "c.mkv").read_bytes()
+    (videos / "c.mkv").write_bytes(whole[:len(whole) * 7 // 10])
+    assert main(["upscale", str(videos), str(tmp_path / "out"), "--quiet", "--frames", "30"]) == 1
+    assert "c.mkv: damaged or breaks off" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.mp4", "b.mkv", "c.mkv"]
+
+
+def test_lines_for_programs(lr, tmp_path, capsys):
+    assert main(["upscale", str(lr), str(tmp_path / "sr.mp4"), "--json", "--preview", "2"]) == 0
+    out, err = capsys.readouterr()
+    *progress, done = map(json.loads, out.splitlines())
+    assert err == "" and progress[-1]["done"] == progress[-1]["total"] == 2 and progress[-1]["event"] == "progress"
+    assert (done["event"], done["output"], done["frames"], done["width"]) == ("done", str(tmp_path / "sr.mp4"), 2, 64)
+    assert main(["upscale", str(lr), str(tmp_path / "sr.mp4"), "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["exit_code"] == 2 and json.loads(out)["message"] in err and "exists already" in err
 
 
 # ---- degrade

@@ -328,6 +328,48 @@ def test_progress(model, capsys):
     assert "2/2" in err and "frames/s" in err and "memory" in err and "<" in err  # < precedes the time left
 
 
+# ---- scenes
+
+def joined(first, second, cut, after, size=24):
+    "The middle of two clips of data/, one after the other, (cut+after,size,size,3)."
+    parts = [read_video(DATA / f"{name}_lr.mp4", frames=n) for name, n in ((first, cut), (second, after))]
+    return np.concatenate(parts)[:, 36:36 + size, 68:68 + size]
+
+
+@pytest.mark.parametrize("cut, after", [(21, 23), (23, 22), (5, 9), (29, 1)])
+def test_frames_after_a_cut_equal_a_fresh_start(model, monkeypatch, cut, after):
+    x, pushed, push = joined("bbb", "city", cut, after), [], Stream.push
+    monkeypatch.setattr(Stream, "push", lambda self, lq: pushed.append(push(self, lq).clone()) or pushed[-1])
+    whole = model.upscale(x, seed=3, progress=False)
+    kept, pushed[:] = [*pushed], []
+    assert np.array_equal(whole[cut:], model.upscale(x[cut:], seed=3, progress=False))
+    fresh = torch.cat(pushed, 2)
+    assert (torch.cat(kept[-len(pushed):], 2) - fresh).abs().max() < 1e-4  # in float32, before it is rounded
+    pushed.clear()
+    assert np.array_equal(whole[:cut], model.upscale(x[:cut], seed=3, progress=False))  # what precedes it ends there
+
+
+def test_without_scenes_the_past_shows(model):
+    x = joined("bbb", "city", 23, 9)
+    off = model.upscale(x, scene_cut="off", progress=False)
+    assert off.shape == (32, 96, 96, 3)
+    assert not np.array_equal(off[23:], model.upscale(x[23:], progress=False))
+    assert np.array_equal(off, np.stack(list(model.upscale(iter(x), scene_cut="off", progress=False))))
+    calm = x[:23]
+    assert np.array_equal(model.upscale(calm, progress=False), model.upscale(calm, scene_cut="off", progress=False))
+
+
+def test_given_noise_starts_with_each_scene(model):
+    x = joined("dog", "city", 7, 5)
+    assert np.array_equal(model.upscale(x, noise=noise_at(range(6), 16, 16, seed=5), progress=False),
+                          model.upscale(x, seed=5, progress=False))
+
+
+def test_upscale_refuses_unknown_scene_cut(model):
+    with pytest.raises(ValueError, match="scene_cut='on'; allowed are 'auto' and 'off'"):
+        model.upscale(clip(1), scene_cut="on")
+
+
 # ---- files
 
 def small_video(path, frames=23, **options):
@@ -466,6 +508,78 @@ def test_broken_off_input_gives_its_frames(model, tmp_path):
     with pytest.warns(RuntimeWarning, match="damaged or breaks off"):
         done = model.upscale(tmp_path / "cut.mkv", tmp_path / "out.mkv", progress=False)
     assert 0 < done.frames < 30 and len(read_video(tmp_path / "out.mkv")) == done.frames
+
+
+# ---- other sizes, and parts
+
+@pytest.mark.parametrize("scale, size", [(1, (9, 13)), (1.5, (14, 20)), (2, (18, 26)), (3.3, (30, 43))])
+def test_other_scales_are_resampled(model, scale, size):
+    x = clip(23, 9, 13)
+    y = model.upscale(x, scale=scale, progress=False)
+    assert y.shape == (23, *size, 3)
+    big = torch.from_numpy(model.upscale(x, progress=False)).permute(0, 3, 1, 2).float()
+    want = F.interpolate(big, size, mode="bicubic", antialias=True).clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(y - want).max() < 1.5  # 8 bits only at the end
+
+
+@pytest.mark.parametrize("scale", [0.9, 4.01, float("nan"), -2])
+def test_refused_scales(model, scale):
+    with pytest.raises(ValueError, match="must be between 1 and 4"):
+        model.upscale(clip(1), scale=scale)
+
+
+def test_video_has_even_sides_and_one_notice(model, tmp_path):
+    x = clip(23, 9, 13)
+    with pytest.warns(UserWarning, match="13x9 becomes 14x10, video needs even sides") as said:
+        done = model.upscale(x, tmp_path / "a.mp4", scale=1, progress=False)
+    assert len(said) == 1 and (done.width, done.height) == (14, 10)
+    assert (probe(done.path).width, probe(done.path).height, probe(done.path).pixel_format) == (14, 10, "yuv420p")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = model.upscale(x, tmp_path / "a", scale=1, progress=False)
+    assert read_video(done.path).shape == (23, 9, 13, 3)
+
+
+@pytest.mark.parametrize("start, frames, part", [(0, 5, slice(0, 5)), (3, None, slice(3, None)), (3, 4, slice(3, 7)),
+                                                 (20, 99, slice(20, None))])
+def test_a_part_is_upscaled_as_if_it_were_all(model, tmp_path, start, frames, part):
+    given, calls = small_video(tmp_path / "in.mkv", 23), []
+    x = read_video(given)
+    want = model.upscale(x[part], progress=False)
+    assert np.array_equal(model.upscale(x, start=start, frames=frames, progress=False), want)
+    some = model.upscale(iter(x), start=start, frames=frames, progress=False)
+    assert np.array_equal(np.stack(list(some)), want)
+    done = model.upscale(given, tmp_path / "out", start=start, frames=frames, progress=lambda *c: calls.append(c))
+    assert np.array_equal(read_video(done.path), want)
+    assert calls[-1][0] == len(want)
+
+
+def test_a_part_keeps_time_and_what_sound_belongs_to_it(model, tmp_path):
+    source = probe(DATA / "bbb_lr.mp4")
+    given = small_video(tmp_path / "in.mp4", like=source, audio_from=source.path)
+    done = model.upscale(given, tmp_path / "begin.mp4", frames=6, progress=False)
+    info = probe(done.path)
+    assert (info.frames, info.fps, info.audio, info.duration) == (6, 24, 1, Fraction(1, 4))
+    assert sound_ends(done.path) < 0.4 < sound_ends(given)
+    with pytest.warns(UserWarning, match="the sound is left out"):
+        done = model.upscale(given, tmp_path / "later.mp4", start=12, frames=6, progress=False)
+    with VideoReader(done.path) as reader:
+        next(reader)
+        assert reader.pts == 0 and reader.info.audio == 0 and reader.info.duration == Fraction(1, 4)
+
+
+def sound_ends(path):
+    import av
+    with av.open(str(path)) as file:
+        return max(float((p.pts + p.duration) * p.time_base) for p in file.demux(audio=0) if p.pts is not None)
+
+
+@pytest.mark.parametrize("part", [dict(start=-1), dict(frames=0), dict(start=5), dict(start=99, frames=2)])
+def test_parts_that_are_none(model, tmp_path, part):
+    given = small_video(tmp_path / "in.mp4", 5)
+    for x in (given, read_video(given), iter(read_video(given))):
+        with pytest.raises(ValueError, match="start="):
+            model.upscale(x, progress=False, **part)
 
 
 # ---- models
