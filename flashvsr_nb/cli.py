@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/11a_cli.ipynb #648fea72
+# %% ../nbs/11a_cli.ipynb #f8ccee7d
 import argparse, json, os, platform, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from importlib import metadata
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise _Stop(2, f"{message}; see {self.prog} --help")
 
-# %% ../nbs/11a_cli.ipynb #4348ecec
+# %% ../nbs/11a_cli.ipynb #d017cae1
 def _upscale_one(model, info, output, args):
     "One input to one output, and what to say of it."
     start, frames = (in_frames(at, info.fps) for at in (args.start, args.frames))
@@ -66,7 +66,8 @@ def _upscale(args):
         jobs = [(probe(source), output) for source, output in jobs]
         from flashvsr_nb.pipeline import FlashVSR
 
-        model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, device=args.device,
+        model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, variant=args.variant,
+                                         device=args.device,
                                          attention=args.attention)
         if jobs[0][1] != args.output:
             args.output.mkdir(exist_ok=True)
@@ -82,7 +83,7 @@ def _upscale(args):
     if failed:
         raise _Stop(1, f"{failed} of {len(jobs)} inputs failed, the others are in {args.output}")
 
-# %% ../nbs/11a_cli.ipynb #d70d21b4
+# %% ../nbs/11a_cli.ipynb #28456bbc
 def _degrade(args):
     from flashvsr_nb.video import check_output, probe
 
@@ -180,7 +181,7 @@ def _doctor(args):
     print(f"not well: {', '.join(bad)}; install flashvsr_nb again" if bad else "all well")
     return int(bool(bad))
 
-# %% ../nbs/11a_cli.ipynb #a1be0e3c
+# %% ../nbs/11a_cli.ipynb #5f021d56
 def _download(args):
     with _errors():
         from flashvsr_nb.download import download
@@ -242,7 +243,7 @@ def _time_model(model, clip):
                 spent += (time.perf_counter() - start) * (not warm)
     return spent, given
 
-# %% ../nbs/11a_cli.ipynb #aa2712e1
+# %% ../nbs/11a_cli.ipynb #7a7c1a85
 def _bench(args):
     with _errors():
         if args.json and not args.json.absolute().parent.is_dir():
@@ -252,7 +253,8 @@ def _bench(args):
         from flashvsr_nb.pipeline import FlashVSR
         from flashvsr_nb.video import write_video
 
-        model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, device=args.device,
+        model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, variant=args.variant,
+                                         device=args.device,
                                          attention=args.attention)
         width, height = args.size
         clip = _texture(width // 4, height // 4, args.frames)
@@ -274,7 +276,30 @@ def _bench(args):
         with _errors():
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/11a_cli.ipynb #b7d26153
+# %% ../nbs/11a_cli.ipynb #5b75975d
+def _model_options(add):
+    "What `upscale` and `bench` ask about the model."
+    add("--weights", default="nano", metavar="NAME|PATH", help="nano; v1 or v1.1, if downloaded; a file of our "
+        "own; a folder with the official files (default: nano)")
+    add("--weights-version", choices=("v1", "v1.1"), help="of official weights, if the folder's name does not say")
+    add("--variant", choices=("tiny", "full"), default="tiny", help="decoder of official weights; full is Wan's, "
+        "slower and larger (default: tiny)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1 … (default: auto, a GPU if there is one)")
+    add("--attention", default="auto", metavar="NAME", help="back end; see 'flashvsr_nb doctor' (default: auto)")
+
+
+def _file_options(add, several=False):
+    "What `upscale` and `degrade` ask about files."
+    more = " (several, or a folder of videos: OUT is a folder)" if several else ""
+    add("input", metavar="IN", type=Path, nargs="+" if several else None, help="video, image or folder of images"
+        + more)
+    add("output", metavar="OUT", type=Path, help=".mp4 .mov .mkv .webm, .png for one frame, or a folder for PNGs "
+        "(a name without suffix)")
+    add("--seed", type=_within(int, 0, 2**63 - 1), default=0, help="same seed, same result (default: 0)")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--quiet", action="store_true", help="no progress bar, no summary")
+
+# %% ../nbs/11a_cli.ipynb #b394dc8f
 def _parser():
     parser = _Parser(prog="flashvsr_nb", description="Video super-resolution: four times the size, frame for frame.",
                      allow_abbrev=False)
@@ -288,26 +313,9 @@ def _parser():
         sub.set_defaults(run=run)
         return sub.add_argument
 
-    def model(add):
-        add("--weights", default="nano", metavar="NAME|PATH", help="nano; v1 or v1.1, if downloaded; a file of our "
-            "own; a folder with the official files (default: nano)")
-        add("--weights-version", choices=("v1", "v1.1"), help="of official weights, if the folder's name does not say")
-        add("--device", default="auto", help="auto, cpu, cuda or cuda:1 … (default: auto, a GPU if there is one)")
-        add("--attention", default="auto", metavar="NAME", help="back end; see 'flashvsr_nb doctor' (default: auto)")
-
-    def files(add, several=False):
-        more = " (several, or a folder of videos: OUT is a folder)" if several else ""
-        add("input", metavar="IN", type=Path, nargs="+" if several else None, help="video, image or folder of images"
-            + more)
-        add("output", metavar="OUT", type=Path, help=".mp4 .mov .mkv .webm, .png for one frame, or a folder for PNGs "
-            "(a name without suffix)")
-        add("--seed", type=_within(int, 0, 2**63 - 1), default=0, help="same seed, same result (default: 0)")
-        add("--overwrite", action="store_true", help="replace an existing output")
-        add("--quiet", action="store_true", help="no progress bar, no summary")
-
     add = command("upscale", _upscale, "Make videos four times as large.", MANUAL)
-    files(add, several=True)
-    model(add)
+    _file_options(add, several=True)
+    _model_options(add)
     add("--crf", type=_within(float, 0, 51), default=16, help="quality of the video, 0 best to 51 worst (default: 16)")
     add("--scale", type=_within(float, 1, 4), default=4, help="1 to 4; made 4 times as large, then resampled "
         "(default: 4)")
@@ -321,7 +329,7 @@ def _parser():
         "ghost of the old scene is left; off: never (default: auto)")
     add = command("degrade", _degrade, "Make a test input: four times smaller and worse; same seed, same bytes. Videos "
                   "become nearly lossless H.264 (crf 4), a folder of PNGs is exact.")
-    files(add)
+    _file_options(add)
     add("--preset", default="mild", help="clean, mild or real (default: mild)")
     add = command("download", _download, "Fetch the official weights, 6.5 GB, or what is missing of them; stopped, it "
                   "goes on when called again. HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HF_TOKEN and HF_HOME are "
@@ -337,10 +345,10 @@ def _parser():
     add("--size", type=_size, default=(640, 384), metavar="WxH", help="of the output (default: 640x384)")
     add("--frames", type=_within(int, 1, 10**6), default=40, help="length of the clip (default: 40)")
     add("--json", type=Path, metavar="FILE", help="write the figures here, too")
-    model(add)
+    _model_options(add)
     return parser
 
-# %% ../nbs/11a_cli.ipynb #99d0f1b9
+# %% ../nbs/11a_cli.ipynb #f755ce1c
 def main(
     argv=None,  # list of arguments; None: those of the process
 ) -> int:  # exit code: 0 done, 1 failed on the way, 2 cannot be done as asked, 130 interrupted

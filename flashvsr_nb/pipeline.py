@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_at', 'prepare_lq', 'Stream', 'pick_device', 'FlashVSR']
 
-# %% ../nbs/11_pipeline.ipynb #2b05fe85
+# %% ../nbs/11_pipeline.ipynb #fac3a256
 import ctypes, math, re
 from contextlib import suppress
 from itertools import chain, islice
@@ -164,7 +164,7 @@ class Stream:
         lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()  # a view would keep the whole chunk alive
         return color_fix(self.decode(latents, lq.to(dtype)), lq, method=self.model.cfg.color_fix)
 
-# %% ../nbs/11_pipeline.ipynb #87e6511a
+# %% ../nbs/11_pipeline.ipynb #fdf2a2da
 def pick_device(
     name="auto",  # "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1" …, "mps", or a torch.device
 ) -> torch.device:  # one that is there
@@ -189,7 +189,7 @@ def _check_attention(name, device):
         why = backends[name].unusable(device) if name in backends else "there is no such back end"
         raise ValueError(f"attention={name!r} cannot be used: {why}; on {device.type} choose from {', '.join(usable)}")
 
-# %% ../nbs/11_pipeline.ipynb #2cb96e7f
+# %% ../nbs/11_pipeline.ipynb #53afc0c9
 class _Model(torch.nn.Module):
     "The parts of a model, and how they are made ready."
     def __init__(
@@ -236,7 +236,7 @@ def _keep_freed_memory():
         for option, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             mallopt(option, size)
 
-# %% ../nbs/11_pipeline.ipynb #cd9206b6
+# %% ../nbs/11_pipeline.ipynb #b8c92380
 @torch.inference_mode()
 def _enlarge(model, stream, frames, size=None):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W), or of the `size` (height, width), uint8 in RAM."
@@ -273,7 +273,7 @@ def _tell(frames, progress, total, device):
             if callable(progress):
                 progress(done, total)
 
-# %% ../nbs/11_pipeline.ipynb #1a7e0ac4
+# %% ../nbs/11_pipeline.ipynb #9c84b41e
 class FlashVSR(_Model):
     "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
     @classmethod
