@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['output_size', 'Clip', 'peak_memory', 'Upscaled', 'write_clip']
 
-# %% ../nbs/10b_files.ipynb #714cc0de
-import math, os, re, sys, time, warnings
+# %% ../nbs/10b_files.ipynb #47c84b00
+import math, os, re, sys, tempfile, time, warnings
 from collections import deque
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def output_size(
                       stacklevel=2)
     return size
 
-# %% ../nbs/10b_files.ipynb #597558d8
+# %% ../nbs/10b_files.ipynb #dd80ae80
 class Clip:
     "Whatever holds frames, as an iterator of (H,W,3) uint8, and what is known of it."
     def __init__(
@@ -50,6 +50,7 @@ class Clip:
             raise ValueError(f"start={start}, frames={frames}: allowed are start from 0, frames from 1 or None for all")
         self.info, self.total, self.picture, self.stamps, self.begin = None, None, False, deque(), time.perf_counter()
         self.start, stop = start, None if frames is None else start + frames
+        self.skipped = 0  # ticks of the file's clock before its first frame, if that is not the file's
         if isinstance(input, (str, os.PathLike)):
             input = VideoReader(input, start=start, frames=frames)
             self.info, self.total = input.info, input.info.frames
@@ -82,12 +83,12 @@ class Clip:
                                  "a size that changes is not supported")
             if a.shape[2] == 4 and i == 0:
                 warnings.warn("input: transparency is dropped", stacklevel=2)
-            if self.info:
-                skipped = frames.pts if i == 0 and self.start else skipped if i else 0
-            self.stamps.append(frames.pts - skipped if self.info else None)
+            if self.info and self.start and i == 0:
+                self.skipped = frames.pts
+            self.stamps.append(frames.pts - self.skipped if self.info else None)
             yield np.repeat(a, 3, 2) if a.shape[2] == 1 else a[..., :3]
 
-# %% ../nbs/10b_files.ipynb #6e5dbaaf
+# %% ../nbs/10b_files.ipynb #db0951de
 def peak_memory(
     device,  # torch.device
 ):  # bytes; None where the system does not say
@@ -112,6 +113,20 @@ class Upscaled:
     seconds: float  # from the first frame read to the file closed
     memory: int | None  # peak so far, bytes
 
+# %% ../nbs/10b_files.ipynb #318a8de4
+def _sound_from(path, begin, scratch):
+    "A file with the sound of another from a time on, s, its clock set back to 0; packets are copied as they are."
+    import av
+
+    with av.open(str(path)) as source, av.open(f"{scratch}/sound.nut", "w") as out:
+        streams = {s: out.add_stream_from_template(s) for s in source.streams.audio}
+        for packet in source.demux(*streams):
+            if packet.dts is not None and packet.pts * packet.time_base >= begin:
+                shift, stream = round(begin / packet.time_base), streams[packet.stream]
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                out.mux(packet)
+    return f"{scratch}/sound.nut"
+
 
 def write_clip(
     clip: Clip,  # the input
@@ -127,21 +142,21 @@ def write_clip(
     sound, cut = clip.info.path if clip.info and clip.info.audio else None, None
     if Path(output).suffix.lower() == ".png" and (clip.total or 1) > 1:
         raise ValueError(f"{output}: a .png holds one frame, the input has {clip.total}; write to a folder or a video")
-    if sound and clip.start:
-        warnings.warn(f"{sound}: the sound is left out, for a part that does not begin at the beginning", stacklevel=2)
-        sound = None
-    writer = VideoWriter(output, *size, fps=fps, like=clip.info, audio_from=sound, **options)
-    try:
-        with closing(frames), writer:
-            try:
-                for frame in frames:
-                    writer.write(frame, clip.stamps.popleft() if fps is None else None)
+    with tempfile.TemporaryDirectory() as scratch:
+        if sound and clip.start:
+            sound = _sound_from(sound, clip.skipped * clip.info.time_base, scratch)
+        writer = VideoWriter(output, *size, fps=fps, like=clip.info, audio_from=sound, **options)
+        try:
+            with closing(frames), writer:
+                try:
+                    for frame in frames:
+                        writer.write(frame, clip.stamps.popleft() if fps is None else None)
+                except KeyboardInterrupt as stop:
+                    cut = stop
+                    raise
                 writer.close(whole=not clip.part)
-            except KeyboardInterrupt as stop:
-                cut = stop
-                raise
-    except BaseException as stop:  # another one than `cut` came while the file was being closed: it is gone
-        kept = writer.frames if stop is cut else 0
-        stop.add_note(f"the first {kept} frames are in {output}" if kept else "nothing was written")
-        raise
+        except BaseException as stop:  # another one than `cut` came while the file was being closed: it is gone
+            kept = writer.frames if stop is cut else 0
+            stop.add_note(f"the first {kept} frames are in {output}" if kept else "nothing was written")
+            raise
     return Upscaled(Path(output), writer.frames, *size, time.perf_counter() - clip.begin, peak_memory(device))

@@ -561,11 +561,22 @@ def test_a_part_keeps_time_and_what_sound_belongs_to_it(model, tmp_path):
     info = probe(done.path)
     assert (info.frames, info.fps, info.audio, info.duration) == (6, 24, 1, Fraction(1, 4))
     assert sound_ends(done.path) < 0.4 < sound_ends(given)
-    with pytest.warns(UserWarning, match="the sound is left out"):
-        done = model.upscale(given, tmp_path / "later.mp4", start=12, frames=6, progress=False)
+    done = model.upscale(given, tmp_path / "later.mp4", start=12, frames=6, progress=False)
     with VideoReader(done.path) as reader:
         next(reader)
-        assert reader.pts == 0 and reader.info.audio == 0 and reader.info.duration == Fraction(1, 4)
+        assert reader.pts == 0 and reader.info.audio == 1 and reader.info.duration == Fraction(1, 4)
+    assert 0.2 < sound_ends(done.path) < 0.3
+    kept, whole = packets(done.path), packets(given)
+    first = [data for _, data in whole].index(kept[0][1])
+    assert [data for _, data in kept] == [data for _, data in whole[first:first + len(kept)]]  # the very packets,
+    assert abs(whole[first][0] - kept[0][0] - 0.5) < 0.002 and kept[0][0] < 0.025  # half a second earlier
+    assert not [*tmp_path.glob("*.nut")]
+
+
+def packets(path):
+    import av
+    with av.open(str(path)) as file:
+        return [(float(p.pts * p.time_base), bytes(p)) for p in file.demux(audio=0) if p.size]
 
 
 def sound_ends(path):
