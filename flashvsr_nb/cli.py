@@ -67,8 +67,7 @@ def _upscale(args):
         from flashvsr_nb.pipeline import FlashVSR
 
         model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, variant=args.variant,
-                                         device=args.device,
-                                         attention=args.attention)
+                                         device=args.device, attention=args.attention)
         if jobs[0][1] != args.output:
             args.output.mkdir(exist_ok=True)
     failed = 0
@@ -254,8 +253,7 @@ def _bench(args):
         from flashvsr_nb.video import write_video
 
         model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, variant=args.variant,
-                                         device=args.device,
-                                         attention=args.attention)
+                                         device=args.device, attention=args.attention)
         width, height = args.size
         clip = _texture(width // 4, height // 4, args.frames)
         spent, given = _time_model(model, clip)
