@@ -113,7 +113,7 @@ class Upscaled:
     seconds: float  # from the first frame read to the file closed
     memory: int | None  # peak so far, bytes
 
-# %% ../nbs/10b_files.ipynb #318a8de4
+# %% ../nbs/10b_files.ipynb #11b917f4
 def _sound_from(path, begin, scratch):
     "A file with the sound of another from a time on, s, its clock set back to 0; packets are copied as they are."
     import av
@@ -139,13 +139,14 @@ def write_clip(
     **options,  # crf, overwrite: as for VideoWriter
 ) -> Upscaled:
     "Write the results; Ctrl-C keeps those so far. What is left after an exception stands in its note."
-    sound, cut = clip.info.path if clip.info and clip.info.audio else None, None
+    copied, cut = clip.info.path if clip.info and clip.info.codec != "image" else None, None  # sound, subtitles
     if Path(output).suffix.lower() == ".png" and (clip.total or 1) > 1:
         raise ValueError(f"{output}: a .png holds one frame, the input has {clip.total}; write to a folder or a video")
     with tempfile.TemporaryDirectory() as scratch:
-        if sound and clip.start:
-            sound = _sound_from(sound, clip.skipped * clip.info.time_base, scratch)
-        writer = VideoWriter(output, *size, fps=fps, like=clip.info, audio_from=sound, **options)
+        if copied and clip.start:
+            begin = clip.skipped * clip.info.time_base
+            copied = _sound_from(copied, begin, scratch) if clip.info.audio else None
+        writer = VideoWriter(output, *size, fps=fps, like=clip.info, audio_from=copied, **options)
         try:
             with closing(frames), writer:
                 try:

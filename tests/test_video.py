@@ -592,6 +592,17 @@ def test_subtitles_chapters_and_title_are_copied(tmp_path, source, kind, target)
             (0, Fraction(2, 5), "One"), (Fraction(2, 5), Fraction(4, 5), "Two")]
 
 
+def test_a_silent_clip_keeps_its_subtitles(tmp_path):
+    "Through the pipeline's way into a file, which is told of sound only where there is some."
+    from flashvsr_nb.files import Clip, write_clip
+
+    captioned(tmp_path / "a.mkv", "subrip")
+    clip = Clip(tmp_path / "a.mkv")
+    write_clip(clip, (np.repeat(np.repeat(f, 4, 0), 4, 1) for f in clip.frames), tmp_path / "b.mp4", size=(256, 192))
+    ((_, language, lines),) = captions(tmp_path / "b.mp4")
+    assert lines == [(80, "Ça va ?"), (480, "Très bien.")] and language == "fra"
+
+
 def test_webm_gets_its_own_subtitles(tmp_path):
     captioned(tmp_path / "a.mkv", "subrip")
     copy(tmp_path / "a.mkv", tmp_path / "b.webm")
