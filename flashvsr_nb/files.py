@@ -36,7 +36,7 @@ def output_size(
                       stacklevel=2)
     return size
 
-# %% ../nbs/10b_files.ipynb #dd80ae80
+# %% ../nbs/10b_files.ipynb #8c89fece
 class Clip:
     "Whatever holds frames, as an iterator of (H,W,3) uint8, and what is known of it."
     def __init__(
@@ -84,7 +84,7 @@ class Clip:
             if a.shape[2] == 4 and i == 0:
                 warnings.warn("input: transparency is dropped", stacklevel=2)
             if self.info and self.start and i == 0:
-                self.skipped = frames.pts
+                self.skipped = frames.pts - round(self.info.start / self.info.time_base)
             self.stamps.append(frames.pts - self.skipped if self.info else None)
             yield np.repeat(a, 3, 2) if a.shape[2] == 1 else a[..., :3]
 
@@ -113,16 +113,17 @@ class Upscaled:
     seconds: float  # from the first frame read to the file closed
     memory: int | None  # peak so far, bytes
 
-# %% ../nbs/10b_files.ipynb #11b917f4
-def _sound_from(path, begin, scratch):
-    "A file with the sound of another from a time on, s, its clock set back to 0; packets are copied as they are."
+# %% ../nbs/10b_files.ipynb #152e665e
+def _sound_from(path, skipped, start, scratch):
+    "A file with the sound of another, `skipped` seconds left out after its `start`; packets are copied as they are."
     import av
 
     with av.open(str(path)) as source, av.open(f"{scratch}/sound.nut", "w") as out:
+        out.metadata.update({key: source.metadata[key] for key in {"title"} & {*source.metadata}})
         streams = {s: out.add_stream_from_template(s) for s in source.streams.audio}
         for packet in source.demux(*streams):
-            if packet.dts is not None and packet.pts * packet.time_base >= begin:
-                shift, stream = round(begin / packet.time_base), streams[packet.stream]
+            if packet.dts is not None and packet.pts * packet.time_base - skipped >= start:
+                shift, stream = round(skipped / packet.time_base), streams[packet.stream]
                 packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
                 out.mux(packet)
     return f"{scratch}/sound.nut"
@@ -144,8 +145,8 @@ def write_clip(
         raise ValueError(f"{output}: a .png holds one frame, the input has {clip.total}; write to a folder or a video")
     with tempfile.TemporaryDirectory() as scratch:
         if copied and clip.start:
-            begin = clip.skipped * clip.info.time_base
-            copied = _sound_from(copied, begin, scratch) if clip.info.audio else None
+            skipped = clip.skipped * clip.info.time_base
+            copied = _sound_from(copied, skipped, clip.info.start, scratch) if clip.info.audio else None
         writer = VideoWriter(output, *size, fps=fps, like=clip.info, audio_from=copied, **options)
         try:
             with closing(frames), writer:

@@ -115,7 +115,7 @@ def test_upscale_options_reach_the_model(lr, tmp_path, monkeypatch):
     assert main(["upscale", str(lr), str(tmp_path / "o.mkv"), "--weights", "w", "--weights-version", "v1", "--device",
                  "cuda", "--attention", "sdpa", "--seed", "7", "--crf", "20.5", "--overwrite", "--quiet",
                  "--scene-cut", "off", "--scale", "1.5", "--start", "2", "--preview", "0.1s"]) == 0
-    assert seen["load"] == (("w",), dict(version="v1", device="cuda", attention="sdpa"))
+    assert seen["load"] == (("w",), dict(version="v1", variant="tiny", device="cuda", attention="sdpa"))
     assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(
         scale=1.5, start=2, frames=2, seed=7, crf=20.5, overwrite=True, scene_cut="off", progress=False))
 

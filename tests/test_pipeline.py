@@ -573,6 +573,24 @@ def test_a_part_keeps_time_and_what_sound_belongs_to_it(model, tmp_path):
     assert not [*tmp_path.glob("*.nut")]
 
 
+def test_a_part_of_a_file_whose_clock_does_not_start_at_0(model, tmp_path):
+    source = probe(DATA / "bbb_lr.mp4")
+    small_video(tmp_path / "in.mp4", like=source, audio_from=source.path)
+    import av
+    with av.open(str(tmp_path / "in.mp4")) as given, av.open(str(tmp_path / "late.ts"), "w") as late:
+        streams = {s: late.add_stream_from_template(s) for s in given.streams}
+        for packet in given.demux():
+            if packet.dts is not None:
+                by = round(100 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts + by, packet.dts + by, streams[packet.stream]
+                late.mux(packet)
+    assert probe(tmp_path / "late.ts").start > 90
+    done = model.upscale(tmp_path / "late.ts", tmp_path / "out.mp4", start=12, frames=6, progress=False)
+    info = probe(done.path)
+    assert (info.frames, info.audio) == (6, 1) and info.start == 0 and abs(info.duration - Fraction(1, 4)) < Fraction(1, 50)
+    assert 0.2 < sound_ends(done.path) < 0.3
+
+
 def packets(path):
     import av
     with av.open(str(path)) as file:
