@@ -10,7 +10,7 @@ import argparse, json, os, re, time
 from fractions import Fraction
 from pathlib import Path
 
-# %% ../nbs/10c_options.ipynb #559c51d3
+# %% ../nbs/10c_options.ipynb #0072c38f
 def moment(
     text: str,  # 48, 2.5s, 1:30 or 1:02:03
 ):  # frames (int), or seconds (Fraction)
@@ -31,7 +31,7 @@ def in_frames(
     fps: Fraction,  # frames per second
 ):  # a number of frames; None for None
     "A moment as a number of frames; of a time above 0 at least one."
-    return max(round(at * fps), at > 0) if isinstance(at, Fraction) else at
+    return max(round(at * fps), int(at > 0)) if isinstance(at, Fraction) else at
 
 # %% ../nbs/10c_options.ipynb #6102b65f
 _WRITABLE = ".mp4", ".m4v", ".mov", ".mkv", ".webm"
