@@ -128,7 +128,7 @@ def stacked_conv(
     taps = taps.view(n, 3, 3, -1, h, w)
     return sum(taps[:, i, j, :, i:h - 2 + i, j:w - 2 + j] for i in range(3) for j in range(3)) + bias[:, None, None]
 
-# %% ../nbs/05_kv_cache.ipynb #408fea50
+# %% ../nbs/05_kv_cache.ipynb #ba36b173
 class ChannelNorm(nn.Module):
     "Divide by the root mean square over channels, times a gain"
     def __init__(
@@ -143,7 +143,8 @@ class ChannelNorm(nn.Module):
         x: torch.Tensor, # (N, C, h, w)
     ) -> torch.Tensor: # as x
         "Normalise the channels"
-        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma[..., 0]
+        floor = max(1e-12, torch.finfo(x.dtype).tiny) # 1e-12 is 0 in float16, and 0/0 is no number
+        return F.normalize(x, dim=1, eps=floor) * x.shape[1] ** 0.5 * self.gamma[..., 0]
 
 # %% ../nbs/05_kv_cache.ipynb #0203b818
 class LQProjector(nn.Module):

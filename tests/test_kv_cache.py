@@ -302,3 +302,12 @@ def test_channel_norm(scale, channels):
     exact = x / x.square().mean(1, keepdim=True).sqrt() * norm.gamma[..., 0]
     assert torch.allclose(norm(scale * x), exact, atol=1e-4)
     assert norm(torch.zeros(1, channels, 1, 1)).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_channel_norm_of_nothing_is_nothing(dtype):
+    norm = ChannelNorm(4).to(dtype)
+    x = torch.zeros(1, 4, 2, 2, dtype=dtype)
+    x[..., 0, 0] = 3
+    y = norm(x)
+    assert y.isfinite().all() and (y[..., 1, :] == 0).all() and torch.allclose(y[..., 0, 0].float(), torch.ones(1, 4), atol=1e-2)
