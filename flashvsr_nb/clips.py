@@ -114,7 +114,7 @@ def _crop(hr, lr, frames, size):
 
 # %% ../nbs/12a_clips.ipynb #a11c51b8
 class Clips:
-    "An endless supply of pairs: a pool of HR clips with their LR, one of them new in every batch."
+    "An endless supply of pairs: a pool of HR clips with their LR, some of them renewed as training goes on."
 
     def __init__(
         self,

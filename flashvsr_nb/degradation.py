@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'warp', 'gaussian_kernel', 'blur', 'downsample', 'add_noise', 'compose', 'encode_h264', 'compress',
            'Recipe', 'degrade_stream', 'degrade']
 
-# %% ../nbs/01_degradation.ipynb #174a3066
+# %% ../nbs/01_degradation.ipynb #0561caaa
 import itertools
 import math
 import warnings
@@ -16,6 +16,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from .video_encoding import _X264, _rgb_to_yuv
 
 # %% ../nbs/01_degradation.ipynb #2d50c420
 def warp(
@@ -152,9 +154,8 @@ def _checked(
         warnings.warn(f"degrade: {a.shape[1]}x{a.shape[0]} is cut to {w}x{h}, a multiple of {scale}")
     return a[:h, :w]
 
-# %% ../nbs/01_degradation.ipynb #95c6d08b
+# %% ../nbs/01_degradation.ipynb #e36226f2
 _BT709, _LIMITED, _FULL = 1, 1, 2  # how colours are coded, in FFmpeg's numbers
-_X264 = {"x264-params": "asm=SSE2"}  # the newer vector code reads memory that nobody wrote
 
 
 def _encode(
@@ -167,8 +168,6 @@ def _encode(
 ):  # iterator of packets in coding order
     "Compress with an encoder of FFmpeg: 4:2:0, BT.709, 25 frames/s, one thread."
     import av
-
-    from flashvsr_nb.video import _rgb_to_yuv
 
     coder = first = None
     for i, a in enumerate(frames):

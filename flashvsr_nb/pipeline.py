@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_at', 'prepare_lq', 'Stream', 'pick_device', 'FlashVSR']
 
-# %% ../nbs/11_pipeline.ipynb #fac3a256
+# %% ../nbs/11_pipeline.ipynb #ca8b8186
 import ctypes, math, re
 from contextlib import suppress
 from itertools import chain, islice
@@ -17,12 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from .attention import backends
-from .decoder import TCDecoder, color_fix
-from .dit import Conditioning, DiT, ModelConfig
+from .decoder import color_fix
+from .dit import Conditioning, ModelConfig
 from .files import Clip, Upscaled, output_size, peak_memory, write_clip
-from .kv_cache import KVCache, LQProjector, chunk
+from .kv_cache import KVCache, chunk
 from .scenes import split_scenes
-from .weights import build, load_weights
+from .weights import _modules, build, load_weights
 
 # %% ../nbs/11_pipeline.ipynb #274ee99d
 def _mix(x):
@@ -189,7 +189,7 @@ def _check_attention(name, device):
         why = backends[name].unusable(device) if name in backends else "there is no such back end"
         raise ValueError(f"attention={name!r} cannot be used: {why}; on {device.type} choose from {', '.join(usable)}")
 
-# %% ../nbs/11_pipeline.ipynb #53afc0c9
+# %% ../nbs/11_pipeline.ipynb #e234b1ea
 class _Model(torch.nn.Module):
     "The parts of a model, and how they are made ready."
     def __init__(
@@ -203,9 +203,7 @@ class _Model(torch.nn.Module):
         super().__init__()
         self.cfg, self.attention, self._cond = cfg, attention, None
         self.dit, self.projector, self.decoder, prompt = parts or (
-            DiT(cfg), LQProjector(cfg.proj_dims, cfg.dim, variant=cfg.projector),
-            TCDecoder(cfg.decoder_channels, cfg.channels, residual=cfg.residual, pyramid=cfg.pyramid),
-            torch.randn(1, context, cfg.text_dim))
+            *_modules(cfg).values(), torch.randn(1, context, cfg.text_dim))
         self.context = torch.nn.Parameter(prompt)
 
     @property

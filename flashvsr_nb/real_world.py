@@ -6,7 +6,7 @@
 __all__ = ['REAL', 'sinc_kernel', 'shot_noise', 'colour_noise', 'jpeg', 'compress_to', 'walk', 'strengths', 'one_pass',
            'real_stream']
 
-# %% ../nbs/01a_real_world.ipynb #ab29cd2a
+# %% ../nbs/01a_real_world.ipynb #d651036d
 import io
 import itertools
 import math
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .degradation import (_X264, _check_draw, _checked, _encode, _streams, _there_and_back, blur,
+from .degradation import (_check_draw, _checked, _encode, _streams, _there_and_back, blur,
                                      gaussian_kernel)
+from .video_encoding import _X264
 
 # %% ../nbs/01a_real_world.ipynb #c3389573
 def sinc_kernel(

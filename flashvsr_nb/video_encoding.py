@@ -158,7 +158,7 @@ def _rgb_to_yuv(width: int, height: int, pixels: str, matrix: int, range_: int, 
         scale += f":out_color_matrix={_MATRICES[matrix]}:out_chroma_loc=left"
     return _chain((width, height, "rgb24" if bits == 8 else "rgb48le"), tick, scale, f"format={pixels}")
 
-# %% ../nbs/00a_video_encoding.ipynb #4a1396cf
+# %% ../nbs/00a_video_encoding.ipynb #fb0fbd71
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1", "prores": "prores_ks"}
 _USUAL = {8: ("yuv420p", "yuv422p10le"), 16: ("yuv420p10le", "yuv422p10le")}  # the first that a codec has
 _ODD = {8: ("yuv444p", "yuv444p10le"), 16: ("yuv444p10le",)}  # for odd sides
@@ -189,6 +189,9 @@ def _choose(path: Path, codec: str, pixels: str | None, size: tuple[int, int], b
     return name, pixels
 
 
+_X264 = {"x264-params": "asm=SSE2"}  # with newer vector code its look-ahead reads unwritten memory: other bytes
+
+
 def _options(encoder: str, crf: float, light: str) -> dict[str, str]:
     "What an encoder is told."
     import av
@@ -196,7 +199,7 @@ def _options(encoder: str, crf: float, light: str) -> dict[str, str]:
     os.environ.setdefault("SVT_LOG", "1")  # else libsvtav1 prints a page about itself
     known = {o.name for o in av.CodecContext.create(encoder, "w").supported_options.private}
     own = {"libx265": {"x265-params": ":".join(filter(None, ("log-level=none", light)))},
-           "libx264": {"x264-params": "asm=SSE2"}}  # with newer ones its look-ahead reads unwritten memory: other bytes
+           "libx264": _X264}
     return ({"crf": str(crf)} if "crf" in known else {}) | own.get(encoder, {})
 
 

@@ -26,7 +26,16 @@ from .download import FILES, KNOWN, WAN_VAE, sha256, weights_folder
 from .kv_cache import LQProjector
 from .wan_decoder import WanDecoder
 
-# %% ../nbs/06a_weights.ipynb #70af9051
+# %% ../nbs/06a_weights.ipynb #c6c49634
+def _modules(cfg, variant="tiny"):
+    "The three networks of a model by name, new."
+    # options of the decoder carry the names that they have in the config
+    options = {name: getattr(cfg, name) for name in TCDecoder.__init__.__kwdefaults__ if hasattr(cfg, name)}
+    return {"dit": DiT(cfg), "projector": LQProjector(cfg.proj_dims, cfg.dim, variant=cfg.projector),
+            "decoder": WanDecoder(cfg.dim // 16) if variant == "full" else
+            TCDecoder(cfg.decoder_channels, cfg.channels, **options)}
+
+
 def empty_modules(
     cfg: ModelConfig,  # sizes
     *,
@@ -36,11 +45,7 @@ def empty_modules(
     if variant not in ("tiny", "full"):
         raise ValueError(f"variant={variant!r} is unknown; allowed are tiny and full")
     with torch.device("meta"):
-        # options of the decoder carry the names that they have in the config
-        options = {name: getattr(cfg, name) for name in TCDecoder.__init__.__kwdefaults__ if hasattr(cfg, name)}
-        return {"dit": DiT(cfg), "projector": LQProjector(cfg.proj_dims, cfg.dim, variant=cfg.projector),
-                "decoder": WanDecoder(cfg.dim // 16) if variant == "full" else
-                TCDecoder(cfg.decoder_channels, cfg.channels, **options)}
+        return _modules(cfg, variant)
 
 # %% ../nbs/06a_weights.ipynb #b9430dfe
 def _header(path):
@@ -115,7 +120,7 @@ def check_state(
 def _first(names, most=3):
     return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
 
-# %% ../nbs/06a_weights.ipynb #401f3c38
+# %% ../nbs/06a_weights.ipynb #6c38bb3e
 RULES = {"v1": "buffer", "v1.1": "causal"}  # version of the official weights -> cache rule of the LQ projector
 
 
@@ -128,13 +133,14 @@ def _says(path):
     return found[1].replace("_", ".") if found else "v1" if name.endswith("flashvsr") else None
 
 
-def _known(path):
-    "The version whose published projector or decoder is in a folder, or None; a file of another size is not read."
+def _other(path, said):
+    "A version but the one `said` whose published projector or decoder is in a folder; other sizes are not read."
     for (version, name), (size, digest) in KNOWN.items():
         file = path / name
-        if name in (FILES["projector"], FILES["decoder"]) and file.is_file() and file.stat().st_size == size:
-            if sha256(file) == digest:
-                return version
+        if version == said or name not in (FILES["projector"], FILES["decoder"]):
+            continue
+        if file.is_file() and file.stat().st_size == size and sha256(file) == digest:
+            return version
 
 
 def weights_version(
@@ -145,18 +151,20 @@ def weights_version(
     path = Path(os.path.abspath(folder))
     if version not in (None, *RULES):
         raise ValueError(f"version={version!r} is unknown; allowed are {' and '.join(RULES)}")
-    named, known = _says(path), _known(path)
+    named = _says(path)
     if version and named and version != named:
         raise ValueError(f"version={version!r} contradicts the folder's name {path.name!r}, which says {named}; "
                          "rename the folder if it is wrong")
-    if known and (version or named) not in (None, known):
+    said = version or named
+    known = _other(path, said)  # hashing takes a second: not for what agrees anyway
+    if known and said:
         raise ValueError(f"{folder}: holds files of {known} by their SHA-256, but "
-                         f"{'version=' + repr(version) if version else 'its name'} says {version or named}; "
+                         f"{'version=' + repr(version) if version else 'its name'} says {said}; "
                          "versions must not be mixed: download one of them anew")
-    if (version or named or known) not in RULES:
+    if (said or known) not in RULES:
         raise ValueError(f"{folder}: v1 or v1.1? The files do not tell and the folder's name does not either; "
                          "say version='v1' or version='v1.1' (command line: --weights-version)")
-    return version or named or known
+    return said or known
 
 # %% ../nbs/06a_weights.ipynb #f70d70a9
 def config_to_json(

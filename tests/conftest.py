@@ -33,3 +33,12 @@ def seed():
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def one_thread():
+    "For tiny tensors: on a busy machine a second thread makes them many times slower."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

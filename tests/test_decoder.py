@@ -15,13 +15,7 @@ few = settings(max_examples=12)
 sizes = st.integers(1, 5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "The tensors here are tiny: on a busy machine a second thread makes them many times slower."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

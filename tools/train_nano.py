@@ -25,7 +25,7 @@ from flashvsr_nb.weights import save_weights
 
 def frames_first(video):
     "(F, H, W, 3) uint8 array to (F, 3, H, W) tensor."
-    return torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(video).permute(0, 3, 1, 2).contiguous()
 
 
 def main():
