@@ -92,7 +92,7 @@ def draw_recipe(
 def _code(frames, crf):  # uint8 (F, h, w, 3), in a worker process
     return np.stack(list(compress(frames, crf=crf)))
 
-# %% ../nbs/12a_clips.ipynb #21a8f846
+# %% ../nbs/12a_clips.ipynb #dc726b9c
 def _cut(videos, frames, *, size):
     "A piece of a real clip, uint8 (frames, 3, size, size); mirrored where that is too small."
     x = videos[int(torch.randint(len(videos), ()))]
@@ -118,7 +118,7 @@ def _crop(hr, lr, frames, size):
     hr = hr[..., 4 * top : 4 * (top + side), 4 * left : 4 * (left + side)]
     return hr.expand(frames, -1, -1, -1), lr.expand(frames, -1, -1, -1)
 
-# %% ../nbs/12a_clips.ipynb #a11c51b8
+# %% ../nbs/12a_clips.ipynb #dfc68765
 class Clips:
     "An endless supply of pairs: a pool of HR clips with their LR, the oldest of them replaced as training goes on."
 

@@ -182,7 +182,7 @@ class _Step:
         with torch.cuda.graph(self.graph):
             self.result = self._run(self.hr, self.lr, "reference")  # the other back ends look at the mask on the CPU
 
-# %% ../nbs/13_training.ipynb #897ed321
+# %% ../nbs/13_training.ipynb #659f8f22
 class Trainer:
     "Weights, their moving average, optimiser and clock."
 
