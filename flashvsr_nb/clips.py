@@ -92,7 +92,7 @@ def draw_recipe(
 def _code(frames, crf):  # uint8 (F, h, w, 3), in a worker process
     return np.stack(list(compress(frames, crf=crf)))
 
-# %% ../nbs/12a_clips.ipynb #dc726b9c
+# %% ../nbs/12a_clips.ipynb #b23c7054
 def _cut(videos, frames, *, size):
     "A piece of a real clip, uint8 (frames, 3, size, size); mirrored where that is too small."
     x = videos[int(torch.randint(len(videos), ()))]
@@ -104,10 +104,20 @@ def _cut(videos, frames, *, size):
     return x[..., top : top + size, left : left + size]
 
 
-def _recolour(hr):
-    "Another exposure and, half the time, the colours in another order: few pictures become many."
+def _vary(hr):
+    "Mirrored, turned, another exposure and, half the time, the colours in another order: few pictures become many."
+    for dim in (-1, -2, 0):
+        hr = hr.flip(dim) if torch.rand(()) < 0.5 else hr
+    hr = hr.transpose(-1, -2) if torch.rand(()) < 0.5 else hr
     hr = hr[:, torch.randperm(3).tolist()] if torch.rand(()) < 0.5 else hr
-    return ((hr / 255.0) ** float(torch.rand(()) + 0.6) * 255).round().to(torch.uint8)
+    return ((hr / 255.0) ** float(torch.rand(()) + 0.6) * 255).round().to(torch.uint8).contiguous()
+
+
+def _damage(hr, coded, workers):
+    "LR of a clip, uint8: there, or promised by a worker that codes it."
+    recipe, noise = draw_recipe(coded), torch.Generator(hr.device).manual_seed(int(torch.randint(2**62, ())))
+    lr = (recipe(hr / 255, generator=noise) * 255).round().byte()
+    return lr if recipe.crf is None else workers.submit(_code, lr.permute(0, 2, 3, 1).cpu().numpy(), recipe.crf)
 
 
 def _crop(hr, lr, frames, size):
@@ -118,7 +128,7 @@ def _crop(hr, lr, frames, size):
     hr = hr[..., 4 * top : 4 * (top + side), 4 * left : 4 * (left + side)]
     return hr.expand(frames, -1, -1, -1), lr.expand(frames, -1, -1, -1)
 
-# %% ../nbs/12a_clips.ipynb #dfc68765
+# %% ../nbs/12a_clips.ipynb #b5e179f9
 class Clips:
     "An endless supply of pairs: a pool of HR clips with their LR, the oldest of them replaced as training goes on."
 
@@ -161,22 +171,11 @@ class Clips:
     def _order(self):
         "Make an HR clip and its reduction, and hand it to the codec."
         with torch.cuda.stream(self.side):
-            self.coming.append(self._make())
-
-    def _make(self):
-        "An HR clip, and its LR: there, or promised by a worker."
-        real = self.videos and torch.rand(()) < self.real
-        make, source = (_cut, self.videos) if real else (moving_stills, self.stills)
-        hr = make(source, self.frames, size=self.size + 32)
-        hr = _recolour(hr[:1] if torch.rand(()) < self.frozen else hr)
-        for dim in (-1, -2, 0):
-            hr = hr.flip(dim) if torch.rand(()) < 0.5 else hr
-        hr = (hr.transpose(-1, -2) if torch.rand(()) < 0.5 else hr).contiguous()
-        recipe, noise = draw_recipe(self.coded), torch.Generator(hr.device)
-        lr = (recipe(hr / 255, generator=noise.manual_seed(int(torch.randint(2**62, ())))) * 255).round().byte()
-        if recipe.crf is not None:
-            lr = self.workers.submit(_code, lr.permute(0, 2, 3, 1).cpu().numpy(), recipe.crf)
-        return hr, lr
+            real = self.videos and torch.rand(()) < self.real
+            make, source = (_cut, self.videos) if real else (moving_stills, self.stills)
+            hr = make(source, self.frames, size=self.size + 32)
+            hr = _vary(hr[:1] if torch.rand(()) < self.frozen else hr)
+            self.coming.append((hr, _damage(hr, self.coded, self.workers)))
 
     def _arrived(self):
         "The oldest pair on order, once its LR is there."
