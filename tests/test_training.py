@@ -44,7 +44,7 @@ def test_coded_pairs_are_damaged(stills):
     hr, lr = pairs(stills, coded=1.0)
     small = F.interpolate(hr.flatten(0, 1) / 255, scale_factor=1 / 4, mode="bicubic", antialias=True)
     error = (small * 255 - lr.flatten(0, 1)).mean(1)  # of grey: 4:2:0 takes most colour from a picture this motley
-    assert 0.5 < error.abs().mean() < 8
+    assert 0.5 < error.abs().mean() < 14  # 30, were they two pixels apart
 
 
 def test_frozen_pairs_repeat_one_frame(stills):
