@@ -356,6 +356,16 @@ def scores(q, kv):
     return q @ dequantize_blocks(kv.k, kv.k_scale).mT / q.shape[-1]**0.5
 
 
+def test_scales_of_twice_the_block():
+    "For kernels that take 128 keys at once: half as many scales, the same bound."
+    new = random_kv(3, 128, dtype=torch.bfloat16)
+    kv = CacheGroup("int8", block=128, mean="first").make(128).write(*new)
+    assert kv.k_scale.shape == (1, 2, 3) and (kv.k_mean == kv.k_mean[:, :, :1]).all()
+    for ours, theirs in zip((kv.k, kv.k_scale), quantize_blocks(new[0] - kv.k_mean[:, :, :1], 128)):
+        assert torch.equal(ours, theirs)
+    assert ((kv.dequantize()[0] - new[0]).abs() <= 0.501 * kv.k_scale.repeat_interleave(128, 2)[..., None] + 1e-5).all()
+
+
 @pytest.mark.parametrize("mean", ["slab", "first"])
 def test_bias_is_exact(mean):
     "Softmax does not see one mean, and sees several unless the bias is added."
@@ -494,6 +504,9 @@ def test_errors():
         QuantizedCache(192)
     with pytest.raises(ValueError, match="mean='chunk' must be 'slab' or 'first'"):
         QuantizedCache(128, mean="chunk")
+    for wrong in (lambda: QuantizedCache(128, block=32), lambda: CacheGroup("int8", block=32)):
+        with pytest.raises(ValueError, match="block=32 tokens must be 64 or 128"):
+            wrong()
     for call in (lambda: CacheGroup("disk"), lambda: cache_bytes(ModelConfig.nano(), 128, 128, kind="disk")):
         with pytest.raises(ValueError, match="kind='disk' must be one of: resident, offload, int8, int8-offload"):
             call()
