@@ -47,7 +47,7 @@ def dequantize_blocks(
                          f"{block} tokens needs {(*q.shape[:2], blocks)}")
     return (q * scale.repeat_interleave(block, 2)[:, :, :q.shape[2], None]).to(dtype)
 
-# %% ../nbs/05a_small_caches.ipynb #86cc99d3
+# %% ../nbs/05a_small_caches.ipynb #298a4c6b
 @dataclass(frozen=True)
 class QuantizedKV:
     "Keys and values in INT8, slabs in slot order: keys are k*k_scale + k_mean, values v*v_scale"
@@ -79,12 +79,11 @@ class QuantizedKV:
     ): # (k, v), each (B, heads, L, d)
         "Keys and values for any exact back end"
         k, v = (torch.empty(self.k.shape, dtype=dtype, device=self.k.device) for _ in 'kv')
-        tensors, slabs = (k, self.k, self.k_scale, self.k_mean, v, self.v, self.v_scale), self.k_mean.shape[2]
-        for h in _few_heads(self.k):
-            for i in range(slabs):
-                to_k, k8, k_scale, mean, to_v, v8, v_scale = (_rows(t[:, h], i, slabs) for t in tensors)
-                to_k.copy_(dequantize_blocks(k8, k_scale, block=k8.shape[2] // k_scale.shape[2]) + mean)
-                to_v.copy_(v8 * v_scale)
+        slabs = self.k_mean.shape[2]
+        shape = slabs, self.k_scale.shape[2] // slabs, -1 # slabs, blocks, tokens
+        step, mean = self.k_scale.unflatten(2, shape[:2])[..., None, None], self.k_mean[:, :, :, None, None]
+        torch.addcmul(mean, self.k.unflatten(2, shape), step, out=k.unflatten(2, shape))
+        torch.mul(self.v.unflatten(2, (slabs, -1)), self.v_scale[:, :, :, None], out=v.unflatten(2, (slabs, -1)))
         return k, v
 
 def _few_heads(x, budget=2**23): # slices of heads, few enough that a float32 copy stays small
