@@ -212,16 +212,18 @@ def test_a_back_end_that_cannot_run_says_why(monkeypatch):
         attend(*random_qkv(), backend="never")
     with pytest.raises(RuntimeError, match="'flex' cannot run here: needs CUDA, tensors are on cpu"):
         attend(*random_qkv(), backend="flex")
-    with pytest.raises(ValueError, match="'Flex' is unknown; choose auto or one of: reference, sdpa, flex, sage, sparge, "
-                       "spas, never"):
+    with pytest.raises(ValueError, match="'Flex' is unknown; choose auto or one of: reference, sdpa, flex, "
+                       "sage, sparge, spas, never"):
         attend(*random_qkv(), backend="Flex")
 
 
-LIMITS = [(dict(dtypes=(torch.float16, torch.bfloat16)), "takes dtype torch.float16 or torch.bfloat16, given torch.float32"),
+LIMITS = [(dict(dtypes=(torch.float16, torch.bfloat16)),
+           "takes dtype torch.float16 or torch.bfloat16, given torch.float32"),
           (dict(head_dims=(64, 128)), "takes heads of width d = 64 or 128, given 4"),
           (dict(head_dims=range(8, 65, 8)), "takes heads of width d = 8 to 64 in steps of 8, given 4"),
           (dict(head_dims=range(5, 129)), "takes heads of width d = 5 to 128, given 4"),
-          (dict(block_sizes=((128, 128), (128, 64))), "takes masks of block_size .128, 128. or .128, 64., given .4, 2."),
+          (dict(block_sizes=((128, 128), (128, 64))),
+           "takes masks of block_size .128, 128. or .128, 64., given .4, 2."),
           (dict(block_sizes=()), "takes no block_mask")]
 
 
