@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashvsr_nb.attention as attention
-from flashvsr_nb.attention import (LCSA, Backend, attend, attend_reference, backends, block_probabilities, expand_mask,
-                                   locality_mask, pick_backend, pool_blocks, select_blocks)
+from flashvsr_nb.attention import (LCSA, Backend, attend, attend_gathered, attend_reference, backends,
+                                   block_probabilities, expand_mask, locality_mask, pick_backend, pool_blocks, select_blocks)
 
 few = settings(max_examples=25)
 close = torch.testing.assert_close
@@ -58,6 +58,23 @@ def test_groups_of_any_size_give_the_same(budget, share):
     mask = random_mask(2, 2, 6, 10, share)
     close(attention._sdpa(q, k, v, block_mask=mask, block_size=(4, 4), budget=budget),
           attend_reference(q, k, v, block_mask=mask, block_size=(4, 4)))
+
+
+@few
+@given(budget=st.integers(1, 2000), share=st.floats(0, 1), block_size=st.sampled_from([(4, 4), (4, 2), (2, 4)]))
+def test_a_kernel_without_masks_gets_groups_of_equal_rows(budget, share, block_size):
+    q, k, v = random_qkv(2, 2, 24, 40, 4)
+    mask = random_mask(2, 2, 24 // block_size[0], 40 // block_size[1], share)
+    sizes = []
+
+    def dense(q, k, v, pad):
+        assert pad is None and q.shape[2] == block_size[0]
+        sizes.append((len(k), k.shape[2]))
+        return F.scaled_dot_product_attention(q, k, v)
+    out = attend_gathered(dense, q, k, v, block_mask=mask, block_size=block_size, budget=budget, even=True)
+    close(out, attend_reference(q, k, v, block_mask=mask, block_size=block_size))
+    assert sum(rows * keys for rows, keys in sizes) == mask.sum() * block_size[1]  # nothing is copied but what is kept
+    assert all(rows == 1 or rows * keys * 4 <= budget for rows, keys in sizes)
 
 
 @pytest.mark.parametrize("name", ["reference", "sdpa"])
