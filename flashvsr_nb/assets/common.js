@@ -132,3 +132,33 @@ function text(g, words, x, y, { color = "#000", back = null, align = "left", siz
 }
 
 const percent = x => `${(100 * x).toFixed(1)} %`;
+
+// A chart: axes with numbers, lines and bars; returns the two scales. box: [left, top, width, height] of the whole of it.
+function plot(g, [left, top, width, height], { x, y, xlabel, ylabel, lines = [], bars = [], xticks = null, digits = 1 }) {
+  const x0 = left + 52, y0 = top + height - 40, w = width - 64, h = height - 66;
+  const px = value => x0 + (value - x[0]) / (x[1] - x[0]) * w, py = value => y0 - (value - y[0]) / (y[1] - y[0]) * h;
+  g.fillStyle = "#fff"; g.fillRect(left, top, width, height);
+  g.lineWidth = 1; g.strokeStyle = "#ccc";
+  for (const part of [0, 0.5, 1]) {
+    const value = y[0] + part * (y[1] - y[0]);
+    g.beginPath(); g.moveTo(x0, py(value)); g.lineTo(x0 + w, py(value)); g.stroke();
+    text(g, value.toFixed(digits), x0 - 6, py(value) - 7, { align: "right", size: 13 });
+  }
+  for (const [value, words] of xticks ?? [0, 0.5, 1].map(p => [x[0] + p * (x[1] - x[0]), String(Math.round(x[0] + p * (x[1] - x[0])))])) {
+    text(g, words, px(value), y0 + 5, { align: "center", size: 13 });
+  }
+  text(g, xlabel, x0 + w / 2, top + height - 18, { align: "center", size: 13 });
+  text(g, ylabel, left + 4, top + 4, { size: 13 });
+  g.save(); g.beginPath(); g.rect(x0, y0 - h - 1, w, h + 2); g.clip();
+  for (const { at, value, wide, color } of bars) {
+    g.fillStyle = color; g.fillRect(px(at - wide / 2), py(value), Math.max(1, px(wide) - px(0)), py(y[0]) - py(value));
+  }
+  for (const { xs, ys, color, dash = [], dots = false } of lines) {
+    g.strokeStyle = g.fillStyle = color; g.lineWidth = 2; g.setLineDash(dash); g.beginPath();
+    xs.forEach((value, i) => g[i ? "lineTo" : "moveTo"](px(value), py(ys[i])));
+    g.stroke(); g.setLineDash([]);
+    if (dots) xs.forEach((value, i) => { g.beginPath(); g.arc(px(value), py(ys[i]), 4, 0, 7); g.fill(); });
+  }
+  g.restore();
+  return { px, py };
+}

@@ -9,7 +9,7 @@ export function meanOver(values, n, from, to) {
 
 function render({ model, el }) {
   const v = new View({ model, el }, "Seam viewer"), [width, height] = v.get("size"), [W, H] = v.get("full"), F = v.get("frames");
-  const seams = v.get("seams"), [hw, hh] = v.get("heat_size"), bytes = n => new Uint8Array(v.get(n).buffer, v.get(n).byteOffset);
+  const seams = v.get("seams"), [hw, hh] = v.get("heat_size"), bytes = n => new Uint8Array(v.get(n).buffer, v.get(n).byteOffset, v.get(n).byteLength);
   const heat = { before: bytes("before_heat"), after: bytes("after_heat") }, tint = document.createElement("canvas");
   Object.assign(tint, { width: hw, height: hh });
   const profiles = { before: floats(v.get("before_steps")), after: floats(v.get("after_steps")) };
@@ -21,7 +21,7 @@ function render({ model, el }) {
       const t = tint.getContext("2d"), image = t.createImageData(hw, hh), at = x + v.get("split") * w;
       for (let i = 0; i < hw * hh; i++) {
         const value = heat[(i % hw + 0.5) * W / hw < at ? "before" : "after"][frame * hw * hh + i];
-        image.data.set([...viridis(value / 255), Math.min(255, 4 * value) * strength], 4 * i);
+        image.data.set([...viridis(value / 255), Math.min(255, 1.6 * value) * strength], 4 * i);
       }
       t.putImageData(image, 0, 0);
       g.imageSmoothingEnabled = false;
@@ -52,31 +52,18 @@ function render({ model, el }) {
   const read = make("div", { class: "fvsr-read", "aria-live": "polite" });
 
   function drawChart() {
-    const g = chart.getContext("2d"), seam = seams[v.get("seam")], left = 56, right = 12, top = 26, bottom = 40;
-    g.fillStyle = "#fff"; g.fillRect(0, 0, width, 190);
+    const g = chart.getContext("2d"), seam = seams[v.get("seam")];
     if (!seam) { text(g, "no seam positions were given", width / 2, 80, { align: "center" }); return; }
-    const n = seam.axis === "x" ? W : H, offset = seam.axis === "x" ? 0 : F * W, reach = v.get("reach");
-    const frame = Math.min(v.get("frame"), F - 1), [from, to] = v.get("over_time") === "mean" ? [0, F] : [frame, frame + 1];
+    const n = seam.axis === "x" ? W : H, reach = v.get("reach"), frame = Math.min(v.get("frame"), F - 1);
+    const offset = (v.get("kind") === "tint" ? 0 : F * (W + H)) + (seam.axis === "x" ? 0 : F * W);
+    const [from, to] = v.get("over_time") === "mean" ? [0, F] : [frame, frame + 1];
     const lines = ["before", "after"].map(name => meanOver(profiles[name].subarray(offset, offset + F * n), n, from, to));
     const first = Math.max(1, seam.at - reach), last = Math.min(n - 1, seam.at + reach);
     const most = Math.max(1e-3, ...lines.flatMap(l => [...l.subarray(first, last + 1)])) * 1.05;
-    const px = i => left + (i - seam.at + reach) / (2 * reach) * (width - left - right);
-    const py = value => 190 - bottom - value / most * (190 - top - bottom);
-    g.strokeStyle = "#ccc"; g.fillStyle = "#000"; g.lineWidth = 1;
-    for (const part of [0, 0.5, 1]) {
-      const y = py(part * most);
-      g.beginPath(); g.moveTo(left, y); g.lineTo(width - right, y); g.stroke();
-      text(g, (part * most).toFixed(1), left - 6, y - 7, { align: "right", size: 13 });
-    }
-    for (const part of [-1, -0.5, 0, 0.5, 1]) text(g, String(Math.round(part * reach)), px(seam.at + part * reach), 190 - bottom + 5, { align: "center", size: 13 });
-    text(g, "pixels from the seam", left + (width - left - right) / 2, 190 - 18, { align: "center", size: 13 });
-    text(g, "mean step to the next pixel, grey levels", 4, 4, { size: 13 });
-    g.strokeStyle = "#888"; g.setLineDash([3, 4]); g.beginPath(); g.moveTo(px(seam.at), top); g.lineTo(px(seam.at), 190 - bottom); g.stroke(); g.setLineDash([]);
-    lines.forEach((line, k) => {
-      g.strokeStyle = [RED, BLUE][k]; g.lineWidth = 2; g.setLineDash(k ? [] : [6, 3]); g.beginPath();
-      for (let i = first; i <= last; i++) g[i === first ? "moveTo" : "lineTo"](px(i), py(line[i]));
-      g.stroke(); g.setLineDash([]);
-    });
+    const xs = Array.from({ length: last - first + 1 }, (_, i) => first + i - seam.at);
+    plot(g, [0, 0, width, 190], { x: [-reach, reach], y: [0, most], xlabel: "pixels from the seam",
+      ylabel: "mean step to the next pixel, grey levels", lines: [{ xs: [0, 0], ys: [0, most], color: "#999", dash: [3, 4] },
+        ...lines.map((line, k) => ({ xs, ys: [...line.subarray(first, last + 1)], color: [RED, BLUE][k], dash: k ? [] : [6, 3] }))] });
     const ratio = lines.map(line => {
       const around = [...line.subarray(first, last + 1)].filter((_, i) => Math.abs(first + i - seam.at) > 2);
       return line[seam.at] / Math.max(1e-6, around.reduce((a, b) => a + b, 0) / around.length);
@@ -91,9 +78,10 @@ function render({ model, el }) {
   if (seams.length > 1) v.slider("seam", "seam", { min: 0, max: seams.length - 1, show: n => `${n + 1}` });
   v.slider("reach", "profile reach", { min: 8, max: 96, step: 4, show: x => `± ${x} px` });
   v.choice("over_time", "profile of", { frame: "this frame", mean: "all frames" });
+  v.choice("kind", "step", { tint: "tint: signed", texture: "texture: absolute" });
   v.root.append(p.canvas, v.controls, chart, v.key([RED, `${v.get("names")[0]} (dashed)`], [BLUE, v.get("names")[1]]), read);
   v.on(["heat", "seam"], p.draw);
-  v.on(["seam", "reach", "over_time", "frame"], drawChart);
+  v.on(["seam", "reach", "over_time", "kind", "frame"], drawChart);
   p.draw(); drawChart();
   return v.end();
 }

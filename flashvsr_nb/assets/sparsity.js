@@ -90,7 +90,7 @@ function render({ model, el }) {
   v.slider("local_range", "LCSA window", { min: 1, max: 15, show: x => `${x} blocks` });
   const blocks = v.slider("key_blocks", "LCSA key blocks", { min: 1, max: 2, step: 0.25, show: x => x.toFixed(2) });
   v.slider("tau", "Sparge mass τ", { min: 0, max: 1, step: 0.005, show: x => x.toFixed(3) });
-  v.slider("theta", "Sparge likeness θ", { min: -0.1, max: 1, step: 0.01, show: x => x.toFixed(2) });
+  v.slider("theta", "Sparge alike θ", { min: -0.1, max: 1, step: 0.01, show: x => x.toFixed(2) });
   v.choice("policy", "show", { both: "LCSA and Sparge", lcsa: "LCSA", sparge: "Sparge", inside: "Sparge inside the window",
     used: "the mask that was used" });
   const matrix = v.canvas("Block mask: one row per query block, one column per key block. Arrow keys choose the query.", 330, 330);
