@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['SIZES', 'replay', 'SparsityViewer', 'ring_table', 'cache_bytes', 'CacheTimeline', 'quantisation', 'QuantViewer']
 
-# %% ../nbs/12b_viewers.ipynb #f93f8b2d
+# %% ../nbs/12b_viewers.ipynb #df58d1a3
+import io
+
 import numpy as np
 import torch
 import traitlets as tr
@@ -19,7 +21,7 @@ from .small_caches import dequantize_blocks, quantize_blocks
 from .sparge_attention import select_mass
 from .widgets import _clip, _code, _draw_text, _Viewer, jpeg_frames
 
-# %% ../nbs/12b_viewers.ipynb #5bd01934
+# %% ../nbs/12b_viewers.ipynb #6c9b09e1
 def replay(
     record,  # LayerRecord
     *,
@@ -42,14 +44,47 @@ def replay(
         masks[name] = (select_mass(p[None], cdf=tau)[0] | lone_q[..., None] | lone_k[:, None]) & chosen
     return {name: mask.numpy() for name, mask in masks.items()}
 
-# %% ../nbs/12b_viewers.ipynb #70934a52
-_COLORS = {"lcsa": (0, 114, 178), "sparge": (230, 159, 0), "both": (0, 158, 115)}
+# %% ../nbs/12b_viewers.ipynb #afe3b8fb
+_COLORS = (187, 187, 187), (0, 114, 178), (230, 159, 0), (0, 158, 115)  # not read, LCSA, Sparge, both
 
 
-class SparsityViewer(_Viewer):
-    "The block mask of a recorded run, on the video: who reads whom, by LCSA and by SpargeAttention."
+def _padded(frames, grid):
+    "Frames as the model saw them: enlarged if they are the input, mirrored to whole blocks; uint8."
+    for scale in (4, 1):
+        if tuple(-(-n * scale // 128) for n in frames.shape[1:3]) == tuple(grid):
+            lq, _ = prepare_lq(frames, scale=scale)
+            return ((lq[0].permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
+    raise ValueError(f"SparsityViewer: frames of {frames.shape[2]}×{frames.shape[1]}; the recording has {grid[0]}×"
+                     f"{grid[1]} blocks of 128×128 output pixels: give the clip that was upscaled, or its result")
 
-    _esm = _code("common.js", "sparsity.js")
+
+def _mask_page(record, kinds, query, films, mass):
+    "The matrix of `kinds` (index into _COLORS), and the blocks that `query` reads on the pictures of up to four slabs."
+    (rows, cols), per, slab = record.grid, record.block_size[0] // record.block_size[1], record.grid[0] * record.grid[1]
+    palette, page = np.array(_COLORS, np.uint8), Image.new("RGB", (880, 436), "white")
+    page.paste(Image.fromarray(palette[kinds]).resize((330, 330), Image.Resampling.NEAREST), (0, 24))
+    draw, (w, h) = ImageDraw.Draw(page, "RGBA"), (260 / cols, 180 / rows)
+    draw.rectangle([0, 24 + query * 330 / len(kinds), 329, 24 + (query + 1) * 330 / len(kinds)], outline="black", width=2)
+    _draw_text(page, (4, 2), "query blocks down, key blocks across")
+    for n, slot in enumerate(sorted(range(len(record.k_slabs)), key=lambda i: record.k_slabs[i])[-4:]):
+        number, x, y = record.k_slabs[slot], 350 + n % 2 * 268, 24 + n // 2 * 206
+        picture, words = films[number]
+        page.paste(Image.fromarray(picture).resize((260, 180)), (x, y))
+        for p in range(slab):
+            left, top, at = x + p % cols * w, y + p // cols * h, (slot * slab + p) * per
+            box = [left + 3, top + 3, left + w - 3, top + h - 3]
+            if kind := int(np.bitwise_or.reduce(kinds[query, at:at + per])):
+                share = min(1, float(mass[query, at:at + per].sum() / max(1e-9, mass[query].max())))
+                draw.rectangle(box, fill=(*_COLORS[kind], int(40 + 115 * share)), outline=_COLORS[kind], width=3)
+            if number == record.q_slabs[query // slab] and p == query % slab:
+                draw.rectangle(box, outline="white", width=4)
+        _draw_text(page, (x, y - 20), words)
+    return page
+
+# %% ../nbs/12b_viewers.ipynb #92c4c8c3
+class _MaskViewer(_Viewer):
+    "A recorded layer, head and chunk, and the masks at the present thresholds."
+
     counts, meta, spans = tr.Dict().tag(sync=True), tr.Dict().tag(sync=True), tr.Dict().tag(sync=True)
     data, pictures = tr.Bytes().tag(sync=True), tr.Bytes().tag(sync=True)
     ends, shown = tr.List().tag(sync=True), tr.List().tag(sync=True)
@@ -57,35 +92,6 @@ class SparsityViewer(_Viewer):
     local_range, key_blocks = tr.Int(11, min=1, max=15).tag(sync=True), tr.Float(8.0).tag(sync=True)
     tau, theta = tr.Float(0.9, min=0, max=1).tag(sync=True), tr.Float(0.1, max=1).tag(sync=True)
     policy = tr.Enum(["both", "lcsa", "sparge", "inside", "used"], "both").tag(sync=True)
-
-    def __init__(
-        self,
-        recording,  # Recording, from `capture`
-        frames,  # what was upscaled, or the result: uint8 (F,H,W,3), or the path of a video
-        *,
-        stream: int = 0,  # scene of the recording
-        start: int = 0,  # frame at which that scene begins
-        **state,  # layer, head, chunk, query, local_range, key_blocks, tau, theta, policy
-    ):
-        if not recording.layers:
-            raise ValueError("SparsityViewer: the recording is empty; run a model inside `with capture(model) as rec:`")
-        kept = [r for r in recording.layers if r.stream == stream]
-        first = kept[0] if kept else recording.at(stream=stream)  # says which streams there are
-        self._recording, self._stream = recording, stream
-        shown = sorted({s for r in kept for s in (*r.k_slabs, *r.q_slabs)})
-        clip = _clip(frames, "frames", start + slab_frames(shown[-1]).stop)[start:]
-        if not len(clip):
-            raise ValueError(f"SparsityViewer: start={start}, but there are only {start + len(clip)} frames")
-        self._pictures = _padded(clip[[min((s.start + s.stop) // 2, len(clip) - 1) for s in map(slab_frames, shown)]],
-                                 first.grid)
-        pictures, ends = jpeg_frames(self._pictures, width=640, quality=85)
-        spans = {str(s): f"{slab_frames(s).start + start}–{slab_frames(s).stop - 1 + start}" for s in shown}
-        counts = dict(layers=sorted({r.layer for r in kept}), chunks=sorted({r.chunk for r in kept}),
-                      heads=len(first.mass))
-        state = dict(layer=counts["layers"][0], chunk=counts["chunks"][0]) | state
-        super().__init__(counts=counts, pictures=pictures, ends=ends, shown=shown, spans=spans, **state)
-        self._choose()
-        self.observe(self._choose, ["layer", "head", "chunk"])
 
     @property
     def record(self):  # LayerRecord
@@ -123,51 +129,53 @@ class SparsityViewer(_Viewer):
         sparge = 2 * masks["inside" if policy == "inside" else "sparge"] if policy != "lcsa" else 0
         return (masks["lcsa"] if policy in ("lcsa", "both") else 0) + sparge
 
+# %% ../nbs/12b_viewers.ipynb #e8bd553e
+class SparsityViewer(_MaskViewer):
+    "The block mask of a recorded run, on the video: who reads whom, by LCSA and by SpargeAttention."
+
+    _esm = _code("common.js", "sparsity.js")
+
+    def __init__(
+        self,
+        recording,  # Recording, from `capture`
+        frames,  # what was upscaled, or the result: uint8 (F,H,W,3), or the path of a video
+        *,
+        stream: int = 0,  # scene of the recording
+        start: int = 0,  # frame at which that scene begins
+        **state,  # layer, head, chunk, query, local_range, key_blocks, tau, theta, policy
+    ):
+        if not recording.layers:
+            raise ValueError("SparsityViewer: the recording is empty; run a model inside `with capture(model) as rec:`")
+        kept = [r for r in recording.layers if r.stream == stream]
+        first = kept[0] if kept else recording.at(stream=stream)  # says which streams there are
+        self._recording, self._stream = recording, stream
+        shown = sorted({s for r in kept for s in (*r.k_slabs, *r.q_slabs)})
+        clip = _clip(frames, "frames", start + slab_frames(shown[-1]).stop)[start:]
+        if not len(clip):
+            raise ValueError(f"SparsityViewer: start={start}, but there are only {start + len(clip)} frames")
+        self._pictures = _padded(clip[[min((s.start + s.stop) // 2, len(clip) - 1) for s in map(slab_frames, shown)]],
+                                 first.grid)
+        pictures, ends = jpeg_frames(self._pictures, width=640, quality=85)
+        spans = {str(s): f"{slab_frames(s).start + start}–{slab_frames(s).stop - 1 + start}" for s in shown}
+        counts = dict(layers=sorted({r.layer for r in kept}), chunks=sorted({r.chunk for r in kept}),
+                      heads=len(first.mass))
+        state = dict(layer=counts["layers"][0], chunk=counts["chunks"][0]) | state
+        super().__init__(counts=counts, pictures=pictures, ends=ends, shown=shown, spans=spans, **state)
+        self._choose()
+        self.observe(self._choose, ["layer", "head", "chunk"])
+
     def poster(self):  # PIL image
         "The matrix, and the present query's blocks on the video."
-        r, kinds, query = self.record, self._kinds(), self.query
-        (rows, cols), per, slab = r.grid, r.block_size[0] // r.block_size[1], r.grid[0] * r.grid[1]
-        palette = np.array([(187, 187, 187), *_COLORS.values()], np.uint8)
-        page = Image.new("RGB", (880, 24 + 2 * (180 + 26)), "white")
-        page.paste(Image.fromarray(palette[kinds]).resize((330, 330), Image.Resampling.NEAREST), (0, 24))
-        draw = ImageDraw.Draw(page, "RGBA")
-        y = 24 + query * 330 / len(kinds)
-        draw.rectangle([0, y, 329, y + 330 / len(kinds)], outline="black", width=2)
-        _draw_text(page, (4, 2), "query blocks down, key blocks across")
-        for n, slot in enumerate(sorted(range(len(r.k_slabs)), key=lambda i: r.k_slabs[i])[-4:]):
-            number = r.k_slabs[slot]
-            x, y, own = 350 + n % 2 * 268, 24 + n // 2 * 206, number == r.q_slabs[query // slab]
-            picture = Image.fromarray(self._pictures[self.shown.index(number)]).resize((260, 180))
-            page.paste(picture, (x, y))
-            w, h = 260 / cols, 180 / rows
-            for p in range(slab):
-                box = [x + p % cols * w + 3, y + p // cols * h + 3, x + (p % cols + 1) * w - 3, y + (p // cols + 1) * h - 3]
-                at = slice((slot * slab + p) * per, (slot * slab + p + 1) * per)
-                if kind := int(np.bitwise_or.reduce(kinds[query, at])):
-                    color = tuple(palette[kind])
-                    share = float(r.mass[self.head, query, at].sum() / max(1e-9, r.mass[self.head, query].max()))
-                    draw.rectangle(box, fill=(*color, int(40 + 115 * min(1, share))), outline=color, width=3)
-                if own and p == query % slab:
-                    draw.rectangle(box, outline="white", width=4)
-            _draw_text(page, (x, y - 20), f"slab {number}, frames {self.spans[str(number)].replace('–', ' to ')}")
-        return page
+        films = {slab: (picture, f"slab {slab}, frames {self.spans[str(slab)].replace('–', ' to ')}")
+                 for slab, picture in zip(self.shown, self._pictures)}
+        return _mask_page(self.record, self._kinds(), self.query, films, self.record.mass[self.head])
 
     def alt(self) -> str:
         "The poster in words."
         told = "; ".join(f"{name}: density {d:.0%}, covers {c:.0%}" for name, (d, c) in self.table().items())
         return f"Layer {self.layer}, head {self.head}, chunk {self.chunk}, query block {self.query} in white. {told}"
 
-
-def _padded(frames, grid):
-    "Frames as the model saw them: enlarged if they are the input, mirrored to whole blocks; uint8."
-    for scale in (4, 1):
-        if tuple(-(-n * scale // 128) for n in frames.shape[1:3]) == tuple(grid):
-            lq, _ = prepare_lq(frames, scale=scale)
-            return ((lq[0].permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
-    raise ValueError(f"SparsityViewer: frames of {frames.shape[2]}×{frames.shape[1]}; the recording has {grid[0]}×{grid[1]} "
-                     "blocks of 128×128 output pixels: give the clip that was upscaled, or its result")
-
-# %% ../nbs/12b_viewers.ipynb #310037dc
+# %% ../nbs/12b_viewers.ipynb #0d7b86b5
 def ring_table(
     chunks: int,  # of the stream
     *,
@@ -195,11 +203,12 @@ def cache_bytes(
     tokens = rows * cols * 128 * slots
     return int(2 * cfg.layers * (tokens * cfg.dim * bytes + (cfg.heads * -(-tokens // block) * 4 if block else 0)))
 
-# %% ../nbs/12b_viewers.ipynb #f027370d
+# %% ../nbs/12b_viewers.ipynb #13cfbb69
 class CacheTimeline(_Viewer):
     "What sits in the KV ring while chunks pass, and what it weighs in float32, bfloat16 and INT8."
 
     _esm = _code("common.js", "cache.js")
+    _kind = "png"
     tables, shape = tr.Dict().tag(sync=True), tr.Dict().tag(sync=True)
     kinds = tr.List().tag(sync=True)
     chunk, chunks = tr.Int(0).tag(sync=True), tr.Int(8).tag(sync=True)
@@ -254,7 +263,7 @@ class CacheTimeline(_Viewer):
         sizes = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in self.sizes().items())
         return f"KV ring keeping {self.keep} slabs, {self.width}×{self.height}, after chunk {self.chunk}: {sizes}"
 
-# %% ../nbs/12b_viewers.ipynb #889d56ab
+# %% ../nbs/12b_viewers.ipynb #a103fc90
 SIZES = (16, 32, 64, 128, 256)  # tokens that share a scale
 
 
@@ -280,11 +289,28 @@ def quantisation(
         out["error"].append(errors)
     return out
 
-# %% ../nbs/12b_viewers.ipynb #becf345f
+# %% ../nbs/12b_viewers.ipynb #e564ce36
+def _charts(data):
+    "Channels, and errors against block size, as one picture."
+    from matplotlib.figure import Figure
+    figure, file = Figure((8, 2.8), layout="constrained"), io.BytesIO()
+    left, right = figure.subplots(1, 2)
+    for peak, error, style in zip(data["peak"], data["error"], ("#D55E00", "#0072B2")):
+        left.plot(peak, color=style)
+        right.plot(range(len(SIZES)), [100 * e for e in error], "o-", color=style)
+    left.set(xlabel="channel", ylabel="largest |K|")
+    right.set(xlabel="tokens per scale", ylabel="error of q·k, %", xticks=range(len(SIZES)), ylim=(0, None))
+    right.set_xticklabels(SIZES)
+    right.legend(["K as it is", "K less its mean"], frameon=False)
+    figure.savefig(file, dpi=110)
+    return Image.open(file).convert("RGB")
+
+# %% ../nbs/12b_viewers.ipynb #bf3e4fcf
 class QuantViewer(_Viewer):
     "Keys before and after smoothing: channels, INT8 codes, error against the number of tokens that share a scale."
 
     _esm = _code("common.js", "quant.js")
+    _kind = "png"
     counts, data = tr.Dict().tag(sync=True), tr.Dict().tag(sync=True)
     sizes = tr.List(list(SIZES)).tag(sync=True)
     layer, head, chunk = (tr.Int(0).tag(sync=True) for _ in range(3))
@@ -303,7 +329,8 @@ class QuantViewer(_Viewer):
         else:
             keys = np.asarray(keys)
             if keys.ndim not in (2, 3) or not keys.size:
-                raise ValueError(f"QuantViewer: keys of shape {keys.shape}; give a Recording, or keys (n,d) or (heads,n,d)")
+                raise ValueError(f"QuantViewer: keys of shape {keys.shape}; give a Recording, or keys (n,d) or "
+                                 "(heads,n,d)")
             self._keys = {(0, 0): keys if keys.ndim == 3 else keys[None]}
         if not self._keys:
             raise ValueError(f"QuantViewer: the recording holds nothing of stream {stream}")
@@ -322,20 +349,7 @@ class QuantViewer(_Viewer):
 
     def poster(self):  # PIL image
         "Channels and errors, as two charts."
-        import io
-        from matplotlib.figure import Figure
-        figure = Figure((8, 2.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for peak, error, style in zip(self.data["peak"], self.data["error"], ("#D55E00", "#0072B2")):
-            left.plot(peak, color=style)
-            right.plot(range(len(SIZES)), [100 * e for e in error], "o-", color=style)
-        left.set(xlabel="channel", ylabel="largest |K|")
-        right.set(xlabel="tokens per scale", ylabel="error of q·k, %", xticks=range(len(SIZES)), ylim=(0, None))
-        right.set_xticklabels(SIZES)
-        right.legend(["K as it is", "K less its mean"], frameon=False)
-        file = io.BytesIO()
-        figure.savefig(file, dpi=110)
-        return Image.open(file).convert("RGB")
+        return _charts(self.data)
 
     def alt(self) -> str:
         "The poster in words."

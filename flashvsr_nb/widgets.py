@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['jpeg_frames', 'CompareVideo', 'step_profile', 'seam_heat', 'border_ratio', 'SeamViewer']
 
-# %% ../nbs/12_widgets.ipynb #9a6ee29f
+# %% ../nbs/12_widgets.ipynb #ba9af9ef
 import io
 from base64 import b64encode
 from importlib.resources import files
@@ -16,14 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .video import read_video
 
-# %% ../nbs/12_widgets.ipynb #2827248c
+# %% ../nbs/12_widgets.ipynb #ed55c262
 try:
     import anywidget
     import traitlets as tr
 except ImportError:
     raise ImportError("flashvsr_nb's widgets need anywidget: pip install 'flashvsr_nb[notebooks]'") from None
 
-# %% ../nbs/12_widgets.ipynb #b7cff89f
+# %% ../nbs/12_widgets.ipynb #b4efdaa3
 def _code(*names):
     "Front-end code of the package's assets, joined; the last one exports `render`."
     return "\n".join((files("flashvsr_nb") / "assets" / name).read_text(encoding="utf-8") for name in names)
@@ -33,6 +33,7 @@ class _Viewer(anywidget.AnyWidget):
     "A widget with a poster, for those who have no kernel."
 
     _css = _code("widgets.css")
+    _kind = "jpeg"  # of the poster; "png" where it is no photograph
 
     def poster(self):  # PIL image
         "The picture that a stored notebook shows."
@@ -44,12 +45,12 @@ class _Viewer(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs):
         data, meta = super()._repr_mimebundle_(**kwargs)
-        file = io.BytesIO()
-        self.poster().save(file, "PNG")
-        data |= {"image/png": b64encode(file.getvalue()).decode(), "text/plain": self.alt()}
-        return data, {**meta, "image/png": {"alt": self.alt()}}
+        file, kind = io.BytesIO(), f"image/{self._kind}"
+        self.poster().save(file, self._kind, quality=88)
+        data |= {kind: b64encode(file.getvalue()).decode(), "text/plain": self.alt()}
+        return data, {**meta, kind: {"alt": self.alt()}}
 
-# %% ../nbs/12_widgets.ipynb #49d4ac19
+# %% ../nbs/12_widgets.ipynb #97a23086
 def jpeg_frames(
     frames,  # (F,H,W,3) uint8
     *,
@@ -66,7 +67,7 @@ def jpeg_frames(
         ends.append(out.tell())
     return out.getvalue(), ends
 
-# %% ../nbs/12_widgets.ipynb #9e5a8191
+# %% ../nbs/12_widgets.ipynb #8974bede
 def _clip(clip, name, most):
     "At most `most` frames of a clip: (F,H,W,3) uint8, from an array, a tensor or a file."
     if isinstance(clip, (str, Path)):
@@ -84,8 +85,8 @@ def _pair(before, after, most):
     before, after = _clip(before, "before", most), _clip(after, "after", most)
     (h, w), (H, W) = before.shape[1:3], after.shape[1:3]
     if len(before) != len(after) or abs(h * W / (w * H) - 1) > 0.02:
-        raise ValueError(f"before has {len(before)} frames of {w}×{h}, after {len(after)} of {W}×{H}; they must have the "
-                         "same number of frames and the same shape of picture")
+        raise ValueError(f"before has {len(before)} frames of {w}×{h}, after {len(after)} of {W}×{H}; they must have "
+                         "the same number of frames and the same shape of picture")
     return before, after
 
 
@@ -114,7 +115,7 @@ def _split_picture(before, after, size, names, split):
     _draw_text(b, (size[0] - 10, 10), names[1], anchor="ra")
     return b
 
-# %% ../nbs/12_widgets.ipynb #6b572c48
+# %% ../nbs/12_widgets.ipynb #0e4a8a0f
 class _PairViewer(_Viewer):
     "Two clips under one split."
 
@@ -139,7 +140,7 @@ class _PairViewer(_Viewer):
     def _known(self, proposal):
         return min(max(proposal["value"], 0), self.frames - 1)
 
-# %% ../nbs/12_widgets.ipynb #3c9d25a5
+# %% ../nbs/12_widgets.ipynb #392ead6d
 class CompareVideo(_PairViewer):
     "Before and after under one split: drag, zoom, step frame by frame, play."
 
@@ -165,9 +166,10 @@ class CompareVideo(_PairViewer):
 
     def alt(self) -> str:
         "The poster in words."
-        return f"Frame {self.frame} of {self.frames}: {self.names[0]} on the left of the line, {self.names[1]} on the right"
+        left, right = self.names
+        return f"Frame {self.frame} of {self.frames}: {left} on the left of the line, {right} on the right"
 
-# %% ../nbs/12_widgets.ipynb #83a3c8e4
+# %% ../nbs/12_widgets.ipynb #cb759295
 def step_profile(
     frames: np.ndarray,  # (F,H,W,3) uint8
     *,
@@ -195,7 +197,7 @@ def seam_heat(
     length: int = 64,  # pixels along a border that are averaged: a seam is long, a detail is not
     full: float = 2.0,  # ratio that gives 255
 ) -> np.ndarray:  # (F, ⌈H/cell⌉, ⌈W/cell⌉) uint8
-    "Straight steps that the picture does not explain: tint beyond that of the neighbours, over the texture around plus one."
+    "Straight steps that the picture does not explain: tint beyond the neighbours', over the texture around plus one."
     def excess(grey):  # across columns
         step = np.diff(grey, axis=1, prepend=grey[:, :1])
         tint, wide = _along(step, length), np.pad(np.abs(step), ((0, 0), (8, 8)), mode="edge")
@@ -212,7 +214,7 @@ def seam_heat(
         out.append(heat.reshape(h, cell, w, cell).max((1, 3)).clip(0, 255))
     return np.stack(out).astype(np.uint8)
 
-# %% ../nbs/12_widgets.ipynb #c54001e0
+# %% ../nbs/12_widgets.ipynb #5076db20
 def border_ratio(
     frames: np.ndarray,  # (F,H,W,3) uint8
     at: int,  # first pixel behind the border, at least 1
@@ -231,7 +233,8 @@ def _checked(borders, size):
     "The borders as the front end wants them, or one line on what is wrong."
     seams = [dict(axis=a, at=int(i)) for a, places in borders.items() for i in places]
     if bad := [s for s in seams if not 0 < s["at"] < size["xy".index(s["axis"])]]:
-        raise ValueError(f"SeamViewer: a border at {bad[0]['axis']} = {bad[0]['at']}; the picture is {size[0]}×{size[1]}")
+        axis, at = bad[0].values()
+        raise ValueError(f"SeamViewer: a border at {axis} = {at}; the picture is {size[0]}×{size[1]}")
     return seams
 
 
@@ -240,7 +243,7 @@ def _yellow(frame, heat):
     heat = np.asarray(Image.fromarray(heat).resize((frame.shape[1], frame.shape[0])), float)[..., None] / 255
     return (frame * (1 - heat) + np.array([253, 231, 37]) * heat).astype(np.uint8)
 
-# %% ../nbs/12_widgets.ipynb #bd04cfac
+# %% ../nbs/12_widgets.ipynb #74eba0db
 class SeamViewer(_PairViewer):
     "Two results under one split, with a heat map of straight steps and the profile across a chosen border."
 
