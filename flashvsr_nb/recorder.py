@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LayerRecord', 'slab_frames', 'Recording', 'capture']
 
-# %% ../nbs/11b_recorder.ipynb #40f652a2
+# %% ../nbs/11b_recorder.ipynb #e8f3030a
 import time
 import weakref
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import torch
 
-# %% ../nbs/11b_recorder.ipynb #e362db17
+# %% ../nbs/11b_recorder.ipynb #fe9867e6
 @dataclass(frozen=True)
 class LayerRecord:
     "What one layer did in one call of the DiT. Blocks are counted in window order: slab, then row, then column"
@@ -61,7 +61,7 @@ class LayerRecord:
         "Memory of its arrays"
         return sum(v.nbytes for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray))
 
-# %% ../nbs/11b_recorder.ipynb #bac79e6d
+# %% ../nbs/11b_recorder.ipynb #6c09a448
 def _alike(x, block): # (heads, tokens, d) -> (heads, blocks): the mean cosine of a block's tokens
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
     return unit.unflatten(1, (-1, block)).mean(2).square().sum(-1)
@@ -90,7 +90,7 @@ def _layer_record(q, k, mask, block_size, *, queries, tokens, **place):
     return LayerRecord(**place, block_size=tuple(block_size), bits=np.packbits(mask.cpu().numpy()),
                        **{name: t.cpu().numpy().copy() for name, t in data.items()})
 
-# %% ../nbs/11b_recorder.ipynb #ae056ebc
+# %% ../nbs/11b_recorder.ipynb #705c8743
 def slab_frames(
     slab: int, # absolute slab number, from 0
 ) -> range: # output frames
@@ -98,7 +98,7 @@ def slab_frames(
     if slab < 0: raise ValueError(f"slab_frames: slab={slab} must be 0 or more")
     return range(max(0, 8 * slab - 3), 8 * slab + 5)
 
-# %% ../nbs/11b_recorder.ipynb #dd047c10
+# %% ../nbs/11b_recorder.ipynb #37f36623
 @dataclass
 class Recording:
     "What `capture` wrote down"
@@ -146,7 +146,7 @@ class Recording:
             return cls([LayerRecord(**{f.name: plain(file[f"{i}.{f.name}"]) for f in fields(LayerRecord)})
                         for i in range(count)])
 
-# %% ../nbs/11b_recorder.ipynb #2cbc90a6
+# %% ../nbs/11b_recorder.ipynb #679bc822
 class _Clock:
     "Seconds of a call's parts; on CUDA by events, so that nothing waits"
     def __init__(self): self.spans, self.open = [], {}
@@ -173,7 +173,7 @@ class _Clock:
             for name, s in spent.items(): parts[name] = parts.get(name, 0.) + s
         return out
 
-# %% ../nbs/11b_recorder.ipynb #0af7f2f7
+# %% ../nbs/11b_recorder.ipynb #be04ca46
 class _Hooks:
     "The hooks of one `capture`, and what they know of the call under way"
     def __init__(self, rec, wanted, layers, limit, **options):
@@ -223,7 +223,7 @@ class _Hooks:
             self.used += record.nbytes
         self.clock.end(place["call"], ("recorder", layer), start, self.clock.now(q))
 
-# %% ../nbs/11b_recorder.ipynb #38516eff
+# %% ../nbs/11b_recorder.ipynb #8b1ddbd6
 class _Spy:
     "A mask policy that lets the recorder look"
     def __init__(self, hooks, layer, policy, cache):
@@ -236,7 +236,7 @@ class _Spy:
         self.hooks.keep(q, k, mask, grid, self.policy.block_size, layer=self.layer, cache=self.cache)
         return mask
 
-# %% ../nbs/11b_recorder.ipynb #64f0b0c5
+# %% ../nbs/11b_recorder.ipynb #2cf36f30
 @contextmanager
 def capture(
     model, # FlashVSR, or a DiT alone

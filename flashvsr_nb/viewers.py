@@ -44,7 +44,7 @@ def replay(
         masks[name] = (select_mass(p[None], cdf=tau)[0] | lone_q[..., None] | lone_k[:, None]) & chosen
     return {name: mask.numpy() for name, mask in masks.items()}
 
-# %% ../nbs/12b_viewers.ipynb #afe3b8fb
+# %% ../nbs/12b_viewers.ipynb #56696527
 _COLORS = (187, 187, 187), (0, 114, 178), (230, 159, 0), (0, 158, 115)  # not read, LCSA, Sparge, both
 
 
@@ -64,7 +64,8 @@ def _mask_page(record, kinds, query, films, mass):
     palette, page = np.array(_COLORS, np.uint8), Image.new("RGB", (880, 436), "white")
     page.paste(Image.fromarray(palette[kinds]).resize((330, 330), Image.Resampling.NEAREST), (0, 24))
     draw, (w, h) = ImageDraw.Draw(page, "RGBA"), (260 / cols, 180 / rows)
-    draw.rectangle([0, 24 + query * 330 / len(kinds), 329, 24 + (query + 1) * 330 / len(kinds)], outline="black", width=2)
+    row = 330 / len(kinds)
+    draw.rectangle([0, 24 + query * row, 329, 24 + (query + 1) * row], outline="black", width=2)
     _draw_text(page, (4, 2), "query blocks down, key blocks across")
     for n, slot in enumerate(sorted(range(len(record.k_slabs)), key=lambda i: record.k_slabs[i])[-4:]):
         number, x, y = record.k_slabs[slot], 350 + n % 2 * 268, 24 + n // 2 * 206

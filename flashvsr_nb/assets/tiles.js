@@ -89,7 +89,7 @@ function render({ model, el }) {
 
   function draw() {
     const [height, width] = sizes[v.get("size")], snap = Number(v.get("snap")), g = canvas.getContext("2d");
-    plan = layout(height, width, { tile: v.get("tile"), overlap: Math.min(v.get("overlap"), v.get("tile") - 4), snap });
+    plan = layout(height, width, { tile: v.get("tile"), overlap: Math.min(v.get("overlap"), v.get("tile") / 2), snap });
     const { rows, cols, full } = plan, scale = CW / full[1];
     canvas.height = Math.round(full[0] * scale);
     g.fillStyle = "#777"; g.fillRect(0, 0, CW, canvas.height);
@@ -110,7 +110,7 @@ function render({ model, el }) {
       const at = i => { const y = Math.floor(i / w) * 4 + 2 - rows[r][0], x = (i % w) * 4 + 2 - cols[c][0]; return (down[y] ?? 0) * (across[x] ?? 0); };
       paint(g, w, h, at, () => 190);
     }
-    rows.forEach(([top, bottom], y) => cols.forEach(([left, right], x) => {
+    if (view !== "seams") rows.forEach(([top, bottom], y) => cols.forEach(([left, right], x) => {
       for (const [thick, style] of y === r && x === c ? [[6, "#000"], [3, "#fff"]] : [[1.5, "#fffb"]]) {
         g.lineWidth = thick; g.strokeStyle = style;
         g.strokeRect(left * scale + 2, top * scale + 2, (right - left) * scale - 4, (bottom - top) * scale - 4);
