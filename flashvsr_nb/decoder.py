@@ -67,7 +67,7 @@ class TGrow(nn.Module):
             return y
         return y.unflatten(0, (-1, batch)).unflatten(2, (self.stride, -1)).transpose(1, 2).flatten(0, 2)
 
-# %% ../nbs/06_decoder.ipynb #c76a6dd1
+# %% ../nbs/06_decoder.ipynb #bc633b38
 class UpConv(nn.Conv2d):
     "Twice the size, then a 3×3 convolution: done as 2×2 convolutions on the small grid (16/36 of the products)."
 
@@ -83,10 +83,15 @@ class UpConv(nn.Conv2d):
         x: torch.Tensor,  # (N,C,h,w)
     ) -> torch.Tensor:  # (N,out,2h,2w)
         "What `conv3x3(nearest_x2(x))` gives."
+        return self.enlarge(x, self.weight)
+
+    @staticmethod
+    def enlarge(x, weight):
+        "`forward` with any 3×3 weights, (out,channels,3,3)."
         def odd_even(weight, axis):  # 3 taps on the large grid -> 2 on the small one, for odd and for even positions
             a, b, c = weight.split(1, axis)
             return torch.cat([a + b, c], axis), torch.cat([a, b + c], axis)
-        kernels = [k for rows in odd_even(self.weight, 2) for k in odd_even(rows, 3)]
+        kernels = [k for rows in odd_even(weight, 2) for k in odd_even(rows, 3)]
         y = F.conv2d(x, torch.stack(kernels, 1).flatten(0, 1), padding=1)  # (N,4*out,h+1,w+1)
         return F.pixel_shuffle(y, 2)[..., 1:-1, 1:-1]
 
