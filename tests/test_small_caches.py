@@ -158,6 +158,64 @@ def test_caches_die_with_their_stream():
         gc.enable()
 
 
+@pytest.mark.parametrize("fails", range(1, 5))
+def test_out_of_memory_loses_nothing(monkeypatch, fails):
+    "With keep=1 the second chunk needs smaller buffers: if one cannot be had, the chunk can be tried again."
+    group, layers, left = CacheGroup("offload"), 4, [10**6]
+    ours, theirs = [group.make(2, keep=1) for _ in range(layers)], [KVCache(2, keep=1) for _ in range(layers)]
+    empty = torch.empty
+
+    def scarce(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("none left")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    failed = 0
+    for i, n in enumerate((3, 1, 1, 1)):
+        for a, b in zip(ours, theirs):
+            new, before = random_kv(n, 2), a.ring.written
+            left[0] = fails if i == 1 and not failed else 10**6
+            try:
+                got = a.update(*new)
+            except torch.OutOfMemoryError:
+                failed, left[0] = failed + 1, 10**6
+                got = a.update(*new) if a.ring.written == before else None  # or it was what comes next that failed
+            expected = b.update(*new)
+            assert got is None or all(map(torch.equal, got, expected))
+    assert failed == 1
+
+
+def test_a_buffer_that_was_given_up_holds_nothing(monkeypatch):
+    "A larger stream took the memory that held a smaller one's slabs, and got none itself."
+    group, expected = CacheGroup("offload"), KVCache(2)
+    small, other, large = group.make(2), group.make(2), group.make(4)
+    for n in (3, 1):
+        new = random_kv(n, 2)
+        assert all(map(torch.equal, small.update(*new), expected.update(*new)))
+        other.update(*new)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "empty", lambda *shape, dtype, device=None: none_left() if device else
+                      torch.zeros(*shape, dtype=dtype))  # none on the device, as much as wanted on the host
+        large.update(*random_kv(3, 4))
+    new = random_kv(1, 2)
+    assert all(map(torch.equal, small.update(*new), expected.update(*new)))
+
+
+def none_left():
+    raise torch.OutOfMemoryError("none left")
+
+
+def test_settle_waits_for_the_last_copy_to_the_host():
+    cache, waited = OffloadedCache(2), []
+    cache.update(*random_kv(3, 2))
+    cache.ring.settle()  # nothing to wait for: copies on the CPU are made at once
+    cache.ring.saved = type("Event", (), {"synchronize": lambda self: waited.append(self)})()
+    cache.ring.settle()
+    assert waited == [cache.ring.saved]
+
+
 # ---- the order of copies on a GPU, without one: vector clocks
 
 class Tape(TorchDispatchMode):
