@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['backends', 'expand_mask', 'attend_reference', 'pool_blocks', 'locality_mask', 'block_probabilities', 'select_blocks',
-           'LCSA', 'Backend', 'pick_backend', 'attend']
+           'LCSA', 'attend_gathered', 'Backend', 'pick_backend', 'attend']
 
 # %% ../nbs/03_attention.ipynb #520f9eef
 import functools
@@ -133,11 +133,19 @@ class LCSA:
             p = block_probabilities(q, k, local=local, block_size=self.block_size)
             return select_blocks(p, topk=self.topk(slab), slab=slab)
 
-# %% ../nbs/03_attention.ipynb #5a278f33
-def _sdpa(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None, budget=2**25):
-    "Gather each query block's own key blocks, at most `budget` elements at a time, and call torch's kernel on them."
-    if block_mask is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+# %% ../nbs/03_attention.ipynb #c0a6367a
+def attend_gathered(
+    kernel: Callable,  # kernel(q, k, v, pad) -> as q; pad: bool (rows,1,1,keys), False is not a key; or None
+    q: torch.Tensor,  # (B,heads,query tokens,d)
+    k: torch.Tensor,  # (B,heads,key tokens,d)
+    v: torch.Tensor,  # as k
+    *,
+    block_mask: torch.Tensor,  # bool (B,heads,query blocks,key blocks)
+    block_size: tuple = (128, 128),  # tokens per query block, per key block
+    budget: int = 2**25,  # elements of gathered keys per call of the kernel (at least one row's)
+    even: bool = False,  # never pad
+) -> torch.Tensor:  # as q; rows without keys give 0
+    "A dense kernel on each query block's own key blocks: the mask is honoured by copying what it keeps."
     (b, h, lq, d), (bq, bk), nk = q.shape, block_size, block_mask.shape[-1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format).view(-1, 1, bq, d)
     q, k, v = q.reshape(-1, 1, bq, d), k.reshape(-1, bk, d), v.reshape(-1, bk, d)
@@ -147,15 +155,23 @@ def _sdpa(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None, budget
     start = 0
     while start < len(count):
         n = count[start]  # the longest row of this group
-        stop = min(start + max(1, budget // (n * bk * d)), len(count))
+        end = len(count) - count[::-1].index(n) if even else len(count)  # the last row of this length, or of all
+        stop = min(start + max(1, budget // (n * bk * d)), end)
         row = order[start:stop]
         keep, column = rows[row].to(torch.uint8).sort(dim=-1, descending=True, stable=True)
         column = column[:, :n] + (row // (lq // bq) * nk)[:, None]
         pad = None if count[stop - 1] == n else keep[:, None, None, :n].bool().repeat_interleave(bk, -1)
         kr, vr = (x[column].flatten(1, 2)[:, None] for x in (k, v))
-        out[row] = F.scaled_dot_product_attention(q[row], kr, vr, attn_mask=pad, scale=scale)
+        out[row] = kernel(q[row], kr, vr, pad)
         start = stop
     return out.view(b, h, lq, d)
+
+
+def _sdpa(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None, budget=2**25):
+    def kernel(q, k, v, pad=None): return F.scaled_dot_product_attention(q, k, v, attn_mask=pad, scale=scale)
+    if block_mask is None:
+        return kernel(q, k, v)
+    return attend_gathered(kernel, q, k, v, block_mask=block_mask, block_size=block_size, budget=budget)
 
 # %% ../nbs/03_attention.ipynb #9175d131
 @functools.cache
@@ -230,7 +246,7 @@ def _listed(allowed):
         return f"{allowed[0]} to {allowed[-1]}" + (f" in steps of {allowed.step}" if allowed.step > 1 else "")
     return " or ".join(map(str, allowed))
 
-# %% ../nbs/03_attention.ipynb #94ee89f0
+# %% ../nbs/03_attention.ipynb #c6a05dea
 class _Registry(UserDict):
     "name -> Backend, or the name of the module of this package that holds it as `BACKEND`, loaded when asked for."
 
@@ -241,7 +257,10 @@ class _Registry(UserDict):
 
 def _load(module):
     try:
-        return importlib.import_module(f"flashvsr_nb.{module}").BACKEND
+        found = importlib.import_module(f"flashvsr_nb.{module}")
+        if hasattr(found, "BACKEND"):
+            return found.BACKEND
+        why = f"flashvsr_nb.{module} has no BACKEND"
     except ModuleNotFoundError as error:
         why = f"needs {error.name}, which is not installed"
     except (ImportError, OSError) as error:  # installed, and does not load: a library built for another torch, say
