@@ -158,11 +158,15 @@ def run_all(page, address, *, seconds):
     "Open a notebook and run all of it; returns once the kernel is idle and its widgets stand there."
     page.goto(address)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-    page.wait_for_selector(".jp-NotebookPanel-toolbar [data-status=idle], .jp-Notebook-ExecutionIndicator[data-status=idle]",
-                           timeout=90_000)
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=90_000)  # the kernel is connected
     page.click("li.lm-MenuBar-item:has-text('Run')")
     page.click("li[data-command='runmenu:run-all']")
-    last = page.locator(".jp-CodeCell").last
-    last.locator(".jp-InputPrompt", has_text="]:").wait_for(timeout=10_000)
-    page.wait_for_function("""() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
-        .every(p => /\\[\\d+\\]/.test(p.textContent))""", timeout=1000 * seconds)
+    done = """() => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')];
+        return document.querySelector('.jp-OutputArea-output[data-mime-type*=error]') ||
+               prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p.textContent)); }"""
+    try:
+        page.wait_for_function(done, timeout=1000 * seconds)
+    except Exception:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / "not_finished.png")
+        raise
