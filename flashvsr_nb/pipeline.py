@@ -19,6 +19,7 @@ from .attention import backends
 from .dit import Conditioning, ModelConfig
 from .files import Clip, Upscaled, output_size, peak_memory, write_clip
 from .kv_cache import chunk
+from .mask_policies import mask_policy
 from .scenes import split_scenes
 from .streaming import Stream, noise_at, prepare_lq
 from .tiling import make_stream
@@ -59,9 +60,11 @@ class _Model(torch.nn.Module):
         context: int = 8,  # prompt positions of a new model
         parts=None,  # (dit, projector, decoder, context) to use; None: new ones with random weights
         attention: str = "auto",  # back end
+        mask="lcsa",  # mask policy by name, or a policy
     ):
         super().__init__()
         self.cfg, self.attention, self._cond = cfg, attention, None
+        self.policy = mask_policy(mask, cfg) if isinstance(mask, str) else mask
         self.dit, self.projector, self.decoder, prompt = parts or (
             *_modules(cfg).values(), torch.randn(1, context, cfg.text_dim))
         self.context = torch.nn.Parameter(prompt)
@@ -130,9 +133,9 @@ def _tell(frames, progress, total, device):
             if callable(progress):
                 progress(done, total)
 
-# %% ../nbs/11_pipeline.ipynb #9c84b41e
-class FlashVSR(_Model):
-    "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
+# %% ../nbs/11_pipeline.ipynb #pretrained1
+class _Pretrained(_Model):
+    "A model that finds its own weights."
     @classmethod
     def from_pretrained(
         cls,
@@ -143,15 +146,20 @@ class FlashVSR(_Model):
         device="auto",  # "auto", "cpu", "cuda", "cuda:1" …
         dtype: torch.dtype | None = None,  # None: float32 on the CPU, else bfloat16, or float16 where the GPU lacks it
         attention: str = "auto",  # back end; "auto": the fastest exact one
+        mask="lcsa",  # "lcsa", what the weights were trained with; "sparge", "lcsa+sparge", "dense"; or a policy
     ):  # FlashVSR, ready to run
         "Load a model; what only its start needs is dropped again."
         device = pick_device(device)
         _check_attention(attention, device)
         weights = load_weights(name, version=version, variant=variant)
+        mask = mask_policy(mask, weights.cfg) if isinstance(mask, str) else mask
         if device.type == "cpu":
             _keep_freed_memory()
-        return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention).freeze()
+        return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention, mask=mask).freeze()
 
+# %% ../nbs/11_pipeline.ipynb #9c84b41e
+class FlashVSR(_Pretrained):
+    "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
     def upscale(
         self,
         input,  # a file, an image, a folder of images; uint8 (F,H,W,3) or (H,W,3); an iterator of frames
@@ -169,6 +177,8 @@ class FlashVSR(_Model):
         tiling: str = "ours",  # "ours": tiles that share noise, latents, colours; "paper", "author": for comparison
         fps=None,  # frames per second of the output; None: the input's, else 25
         crf: float = 16,  # quality of a video: 0 best to 51 worst
+        codec: str | None = None,  # h264 hevc av1 vp9 prores ffv1; None: h264, in .webm vp9
+        pixel_format: str | None = None,  # FFmpeg's name, as yuv422p10le; None: yuv420p, which plays anywhere
         overwrite: bool = False,  # an existing output may be replaced
         progress=True,  # a bar on stderr; False: silent; or a function, called with (frames done, in all or None)
     ):  # with an output: Upscaled; else uint8 (F,4H,4W,3) or (4H,4W,3) for an array, an iterator of frames for the rest
@@ -180,14 +190,14 @@ class FlashVSR(_Model):
         width, height = output_size(clip.width, clip.height, scale, output)
         size = None if scale == 4 else (height, width)
         options = dict(tile=tile, overlap=overlap, blend=blend, tiling=tiling, seed=seed, noise=noise,
-                       backend=self.attention)
+                       policy=self.policy, backend=self.attention)
         make_stream(self, **options)  # refuses wrong ones now
         scenes = split_scenes(clip.frames) if scene_cut == "auto" else [clip.frames]
         sr = chain.from_iterable(_run(make_stream(self, **options), scene, size) for scene in scenes)
         sr = _tell(sr, progress, clip.total, device)
         if output is not None:
-            return write_clip(clip, sr, output, size=(width, height), fps=fps, device=device, crf=crf,
-                              overwrite=overwrite)
+            return write_clip(clip, sr, output, size=(width, height), fps=fps, device=device, crf=crf, codec=codec,
+                              pixel_format=pixel_format, overwrite=overwrite)
         if not hasattr(input, "shape"):
             return sr
         sr = np.stack(list(sr))

@@ -114,10 +114,14 @@ def test_upscale_options_reach_the_model(lr, tmp_path, monkeypatch):
     monkeypatch.setattr("flashvsr_nb.pipeline.FlashVSR", Stub)
     assert main(["upscale", str(lr), str(tmp_path / "o.mkv"), "--weights", "w", "--weights-version", "v1", "--device",
                  "cuda", "--attention", "sdpa", "--seed", "7", "--crf", "20.5", "--overwrite", "--quiet",
-                 "--scene-cut", "off", "--scale", "1.5", "--start", "2", "--preview", "0.1s"]) == 0
-    assert seen["load"] == (("w",), dict(version="v1", variant="tiny", device="cuda", attention="sdpa"))
+                 "--scene-cut", "off", "--scale", "1.5", "--start", "2", "--preview", "0.1s", "--mask", "dense",
+                     "--codec", "hevc", "--pixel-format", "yuv420p10le", "--tile", "64", "--overlap", "8", "--blend",
+                     "linear", "--tiling", "paper"]) == 0
+    assert seen["load"] == (("w",), dict(version="v1", variant="tiny", device="cuda", attention="sdpa",
+                                         mask="dense"))
     assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(
-        scale=1.5, start=2, frames=2, seed=7, crf=20.5, overwrite=True, scene_cut="off", progress=False))
+        scale=1.5, start=2, frames=2, seed=7, crf=20.5, codec="hevc", pixel_format="yuv420p10le", overwrite=True,
+        scene_cut="off", tile=64, overlap=8, blend="linear", tiling="paper", progress=False))
 
 
 def test_upscale_with_a_folder_of_official_files(lr, tmp_path, monkeypatch, capsys):
