@@ -509,6 +509,16 @@ def test_streams_in_inference_mode_then_out_of_it(network):
     assert torch.equal(stream(network, group.make), a)
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_no_gradient_and_no_graph_is_kept(kind):
+    for mean in ("slab", "first"):
+        cache = CacheGroup(kind, **({"mean": mean} if "int8" in kind else {})).make(128)
+        for n in (3, 1, 1):
+            new = [x.requires_grad_() for x in random_kv(n, 128)]
+            assert not any(x.requires_grad for x in cache.update(*new))
+        assert getattr(cache, "frozen", None) is None or not cache.frozen.requires_grad
+
+
 # ---- bytes
 
 def nbytes(tensors):
