@@ -95,7 +95,7 @@ def test_offloaded_is_the_ring(keep, layers, batch, prefetch, sizes, slab):
     "Any sequence of chunk lengths: the same slabs in the same slots, bit for bit."
     torch.manual_seed(0)
     group = CacheGroup("offload", prefetch=prefetch)
-    ours, theirs = [group.make(slab, keep=keep) for _ in range(layers)], [KVCache(slab, keep=keep) for _ in range(layers)]
+    ours, theirs = ([make(slab, keep=keep) for _ in range(layers)] for make in (group.make, KVCache))
     for n in sizes:
         for a, b in zip(ours, theirs):
             new = random_kv(n, slab, batch=batch)
@@ -297,7 +297,8 @@ def watched(monkeypatch, forget=(), layers=3, prefetch=True, keep=3, sizes=(3, 1
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("prefetch", [True, False])
-@pytest.mark.parametrize("keep, sizes", [(1, (3, 1, 1, 1)), (2, (3, 1, 1, 2, 1)), (3, (3, 1, 1, 1, 1)), (4, (3, 1, 3, 1))])
+@pytest.mark.parametrize("keep, sizes", [(1, (3, 1, 1, 1)), (2, (3, 1, 1, 2, 1)), (3, (3, 1, 1, 1, 1)),
+                                         (4, (3, 1, 3, 1))])
 @pytest.mark.parametrize("streams", [1, 2])
 def test_no_copy_overtakes_another(monkeypatch, layers, prefetch, keep, sizes, streams):
     tape = watched(monkeypatch, (), layers, prefetch, keep, sizes, streams)
@@ -361,8 +362,8 @@ def test_host_memory_that_cannot_be_locked_still_serves(cudart, monkeypatch):
 # ---- INT8
 
 @settings(max_examples=25)
-@given(keep=st.integers(1, 4), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6), mean=st.sampled_from(["slab", "first"]),
-       batch=st.integers(1, 2), blocks=st.integers(1, 2), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(keep=st.integers(1, 4), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+       mean=st.sampled_from(["slab", "first"]), batch=st.integers(1, 2), blocks=st.integers(1, 2), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_quantized_keeps_to_half_a_step(keep, sizes, mean, batch, blocks, dtype):
     "Against the ring in floating point: order, scales and means as defined, error at most half a step."
     torch.manual_seed(0)
@@ -530,7 +531,7 @@ def nbytes(tensors):
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_cache_bytes_are_those_of_the_tensors(kind, keep, prefetch):
     "Counted after the first chunk; with keep=1 its three slabs need more room than what follows."
-    cfg, (height, width), batch = ModelConfig(dim=48, heads=3, layers=4), (200, 300), 2  # 2 x 3 blocks, the last ones cut
+    cfg, (height, width), batch = ModelConfig(dim=48, heads=3, layers=4), (200, 300), 2  # 2 x 3 blocks
     group = CacheGroup(kind, prefetch=prefetch)
     caches = [group.make(6 * 128, keep=keep) for _ in range(cfg.layers)]
     for cache in caches:
