@@ -363,7 +363,8 @@ def test_host_memory_that_cannot_be_locked_still_serves(cudart, monkeypatch):
 
 @settings(max_examples=25)
 @given(keep=st.integers(1, 4), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6),
-       mean=st.sampled_from(["slab", "first"]), batch=st.integers(1, 2), blocks=st.integers(1, 2), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+       mean=st.sampled_from(["slab", "first"]), batch=st.integers(1, 2), blocks=st.integers(1, 2),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_quantized_keeps_to_half_a_step(keep, sizes, mean, batch, blocks, dtype):
     "Against the ring in floating point: order, scales and means as defined, error at most half a step."
     torch.manual_seed(0)
