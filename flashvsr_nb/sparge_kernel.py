@@ -19,13 +19,12 @@ import triton.language as tl
 from .attention import Backend
 from .small_caches import quantize_blocks
 
-# %% ../nbs/09a_sparge_kernel.ipynb #092d7add
+# %% ../nbs/09a_sparge_kernel.ipynb #5406e8bc
 @triton.jit
-def _to_int8(x):
-    "A float32 tile as INT8, and its one scale: round half to even, as `quantize_blocks` does."
-    scale = tl.max(tl.max(tl.abs(x), 1), 0) / 127
+def _to_int8(x, scale):
+    "x / scale as INT8: round half to even, as `quantize_blocks` does."
     r = x / tl.where(scale > 0, scale, 1.0) + 12582912.0  # 1.5·2²³: what is left of the mantissa are the integers
-    return (r.to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8), scale
+    return (r.to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
 
 @triton.jit
 def _write_keys(K, MEAN, K8, KS, heads, tokens, sb, sh, st, D: tl.constexpr):
@@ -34,9 +33,10 @@ def _write_keys(K, MEAN, K8, KS, heads, tokens, sb, sh, st, D: tl.constexpr):
     n, d = j * 128 + tl.arange(0, 128), tl.arange(0, D)
     at = (bh // heads) * sb + (bh % heads) * sh + n.to(tl.int64)[:, None] * st + d[None, :]
     x = tl.load(K + at, mask=(n < tokens)[:, None], other=0.0).to(tl.float32) - tl.load(MEAN + bh * D + d)[None, :]
-    k8, scale = _to_int8(tl.where((n < tokens)[:, None], x, 0.0))
+    x = tl.where((n < tokens)[:, None], x, 0.0)
+    scale = tl.max(tl.max(tl.abs(x), 1), 0) / 127
     blocks = tl.num_programs(0)
-    tl.store(K8 + ((bh * blocks * 128 + n)[:, None] * D + d[None, :]), k8)
+    tl.store(K8 + ((bh * blocks * 128 + n)[:, None] * D + d[None, :]), _to_int8(x, scale))
     tl.store(KS + bh * blocks + j, scale)
 
 def _interpreted():
@@ -104,7 +104,7 @@ def _check_choices(q, *, pv="bf16", block_size=(128, 128), scale=None):
         raise ValueError(f"sparge: scale={scale} must not be negative")
 BLOCKS = (128, 128), (128, 64), (64, 128)  # tokens per query block, per key block
 
-# %% ../nbs/09a_sparge_kernel.ipynb #4afb5a3d
+# %% ../nbs/09a_sparge_kernel.ipynb #92664405
 def sparge_reference(
     q: torch.Tensor,  # (B,heads,query tokens,d)
     kv: PreparedKV,  # from `prepare_kv`
@@ -117,7 +117,7 @@ def sparge_reference(
 ) -> torch.Tensor:  # float32, as q
     "What the kernel computes, tile by tile, in plain PyTorch."
     (b, h, tokens, d), (bq, bk) = q.shape, block_size
-    q8, qs = quantize_blocks(q, bq)
+    q8, qs = quantize_blocks(q, 1)
     scale = (d**-0.5 if scale is None else scale) * math.log2(math.e)
     v = _plain_values(kv)
     out = torch.zeros(q.shape, device=q.device)
@@ -132,7 +132,7 @@ def sparge_reference(
             if first >= kv.tokens:
                 continue
             s = q8[i, j, rows].float() @ kv.k[i, j, keys].float().T
-            s = s * (qs[i, j, block] * kv.k_scale[i, j, first // 128] * scale)
+            s = s * (qs[i, j, rows, None] * scale * kv.k_scale[i, j, first // 128])
             tile_top = s.amax(1, keepdim=True)
             if skip is not None and (tile_top - top).max() <= -skip:
                 continue
@@ -154,18 +154,19 @@ def _plain_values(kv):
         return kv.v.float()
     return kv.v.float().unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4).mT * kv.v_scale[:, :, None]
 
-# %% ../nbs/09a_sparge_kernel.ipynb #3298e2f4
+# %% ../nbs/09a_sparge_kernel.ipynb #76b37dea
 @triton.jit
-def _plan(Q, MASK, KS, Q8, COLS, SCALES, COUNT, scale, heads, tokens, sb, sh, st, nq, nk, nks,
+def _plan(Q, MASK, KS, Q8, QS, COLS, SCALES, COUNT, scale, heads, tokens, sb, sh, st, nq, nk, nks,
           BM: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, MASKED: tl.constexpr):
-    "One query block: quantise it, and list the key blocks it keeps."
+    "One query block: quantise its tokens, and list the key blocks it keeps."
     i, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = bh * nq + i
     m, d, j = tl.arange(0, BM), tl.arange(0, D), tl.arange(0, NK)
     at = (bh // heads) * sb + (bh % heads) * sh + (i * BM + m).to(tl.int64)[:, None] * st + d[None, :]
     x = tl.load(Q + at, mask=(i * BM + m < tokens)[:, None], other=0.0).to(tl.float32)
-    q8, qs = _to_int8(x)
-    tl.store(Q8 + (row * BM + m)[:, None] * D + d[None, :], q8)
+    qs = tl.max(tl.abs(x), 1) / 127
+    tl.store(Q8 + (row * BM + m)[:, None] * D + d[None, :], _to_int8(x, qs[:, None]))
+    tl.store(QS + row * BM + m, qs * scale)
     keep = (j < nk).to(tl.int32)
     if MASKED:
         keep = tl.load(MASK + row * nk + j, mask=j < nk, other=0).to(tl.int32)
@@ -173,24 +174,25 @@ def _plan(Q, MASK, KS, Q8, COLS, SCALES, COUNT, scale, heads, tokens, sb, sh, st
     slot = tl.cumsum(keep, 0) - 1  # where in the list a kept block goes
     ks = tl.load(KS + bh * nks + j * BK // 128, mask=j < nk, other=0.0)
     tl.store(COLS + row * nk + slot, j, mask=keep > 0)
-    tl.store(SCALES + row * nk + slot, ks * qs * scale, mask=keep > 0)
+    tl.store(SCALES + row * nk + slot, ks, mask=keep > 0)
     tl.store(COLS + row * nk, 0, mask=count == 0)  # so that the first entry is always a block that exists
     tl.store(SCALES + row * nk, 0.0, mask=count == 0)
     tl.store(COUNT + row, count)
 
-# %% ../nbs/09a_sparge_kernel.ipynb #50dae876
+# %% ../nbs/09a_sparge_kernel.ipynb #e394deb0
 def _make_plan(q, kv, block_mask, block_size, scale, shape):
-    "Quantised queries and, per query block, the list of key blocks, their scales and their number: one launch."
+    "Quantised queries, their scales and, per query block, the list of key blocks, theirs, and how many: one launch."
     (b, h, nq, nk), (bq, bk), d = shape, block_size, q.shape[3]
     q = q if q.stride(-1) == 1 else q.contiguous()
     q8 = torch.empty(b, h, nq * bq, d, dtype=torch.int8, device=q.device)
+    qs = torch.empty(b, h, nq * bq, device=q.device)
     cols = torch.empty(shape, dtype=torch.int32, device=q.device)
     scales, count = torch.empty_like(cols, dtype=torch.float32), torch.empty_like(cols[..., 0])
     mask = q if block_mask is None else block_mask.contiguous().view(torch.uint8)  # without a mask, never read
-    _plan[nq, b * h](q, mask, kv.k_scale, q8, cols, scales, count, scale, h, q.shape[2], *q.stride()[:3], nq, nk,
-                     kv.k_scale.shape[2], BM=bq, D=d, BK=bk, NK=triton.next_power_of_2(nk),
+    _plan[nq, b * h](q, mask, kv.k_scale, q8, qs, cols, scales, count, scale, h, q.shape[2], *q.stride()[:3], nq,
+                     nk, kv.k_scale.shape[2], BM=bq, D=d, BK=bk, NK=triton.next_power_of_2(nk),
                      MASKED=block_mask is not None)
-    return q8, cols, scales, count
+    return q8, qs, cols, scales, count
 
 # %% ../nbs/09a_sparge_kernel.ipynb #ebea3024
 @triton.jit
@@ -206,9 +208,9 @@ def _times_values(p, v, acc, WIDE: tl.constexpr):
         acc = tl.dot(p.to(v.dtype), v, acc)
     return acc
 
-# %% ../nbs/09a_sparge_kernel.ipynb #b25c6251
+# %% ../nbs/09a_sparge_kernel.ipynb #3a3e29f3
 @triton.jit
-def _attend(Q8, K8, V, VS, COLS, SCALES, COUNT, OUT, skip, tokens, keys, padded, nq, nk,
+def _attend(Q8, QS, K8, V, VS, COLS, SCALES, COUNT, OUT, skip, tokens, keys, padded, nq, nk,
             BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, FP8: tl.constexpr,
             TAIL: tl.constexpr, SKIP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr):
     "One query block against the key blocks of its list, BN keys at a time."
@@ -216,6 +218,7 @@ def _attend(Q8, K8, V, VS, COLS, SCALES, COUNT, OUT, skip, tokens, keys, padded,
     row = bh * nq + i
     m, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
     q = tl.load(Q8 + (row * BM + m)[:, None] * D + d[None, :])
+    qs = tl.load(QS + row * BM + m)
     K8 += bh * padded * D
     V += bh * padded * D
     COLS += row * nk
@@ -227,7 +230,7 @@ def _attend(Q8, K8, V, VS, COLS, SCALES, COUNT, OUT, skip, tokens, keys, padded,
     for t in tl.range(0, tl.load(COUNT + row) * PARTS, num_stages=STAGES):
         first = tl.load(COLS + t // PARTS) * BK + t % PARTS * BN
         k = tl.load(K8 + (first + n)[None, :] * D + d[:, None])
-        s = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * tl.load(SCALES + t // PARTS)
+        s = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * (qs * tl.load(SCALES + t // PARTS))[:, None]
         if TAIL:
             s = tl.where((first + n < keys)[None, :], s, -float("inf"))
         tile_top = tl.max(s, 1)
@@ -254,7 +257,7 @@ def _attend(Q8, K8, V, VS, COLS, SCALES, COUNT, OUT, skip, tokens, keys, padded,
     at = (bh * tokens + rows)[:, None] * D + d[None, :]
     tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=(rows < tokens)[:, None])
 
-# %% ../nbs/09a_sparge_kernel.ipynb #271d0200
+# %% ../nbs/09a_sparge_kernel.ipynb #eb76460e
 def sparge_attention_prepared(
     q: torch.Tensor,  # (B,heads,query tokens,d), d 64 or 128, any float dtype
     kv: PreparedKV,  # from `prepare_kv`
@@ -284,10 +287,10 @@ def sparge_attention_prepared(
         return attend_hopper(*work, kv, out, bk)
     warps, stages = _tuning(q.device)
     _attend[shape[2], b * h](
-        work[0], kv.k, kv.v, kv.k_scale if kv.v_scale is None else kv.v_scale, *work[1:], out, skip or 0.0, tokens,
+        *work[:2], kv.k, kv.v, kv.k_scale if kv.v_scale is None else kv.v_scale, *work[2:], out, skip or 0.0, tokens,
         kv.tokens, kv.k.shape[2], *shape[2:], BM=bq, BN=64, D=d, BK=bk, FP8=kv.v_scale is not None,
         TAIL=kv.tokens % bk > 0, SKIP=skip is not None, WIDE=_interpreted(), STAGES=stages,
-        num_warps=warps, num_stages=stages)
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True)
     return out
 
 # %% ../nbs/09a_sparge_kernel.ipynb #181e6f78

@@ -109,6 +109,13 @@ def test_padding_is_never_read_as_keys():
     assert error(sparge_attention_prepared(q, kv), exact(q, k, v)) < 0.02
 
 
+def test_smoothing_halves_the_error():
+    q, k, v = tokens(128, 512, h=3)
+    raw = prepare_kv(k, v, mean=torch.zeros(1, 3, 1, 64, device=DEVICE))
+    want = exact(q, k, v)
+    assert error(sparge_attention_prepared(q, raw), want) > 2 * error(sparge_attention(q, k, v), want)
+
+
 def test_a_frozen_mean_makes_slabs_that_fit_together():
     q, k, v = tokens(128, 256)
     mean = k[:, :, :128].mean(2, keepdim=True)
@@ -138,7 +145,7 @@ def test_keys_are_quantised_as_plainly(lk, d, power, seed):
 def test_lists_are_the_kept_columns(nq, nk, share, seed):
     mask = (torch.rand(1, 2, nq, nk, generator=torch.Generator().manual_seed(seed)) < share).to(DEVICE)
     q, k, v = (x[:, :, :n] for x, n in zip(tokens(64 * nq, 128 * nk, h=2), (64 * nq, 128 * nk, 128 * nk)))
-    q8, cols, scales, count = sparge_kernel._make_plan(q, prepare_kv(k, v), mask, (64, 128), 1.0, mask.shape)
+    q8, qs, cols, scales, count = sparge_kernel._make_plan(q, prepare_kv(k, v), mask, (64, 128), 1.0, mask.shape)
     assert torch.equal(count, mask.sum(-1, dtype=torch.int32))
     for at in torch.cartesian_prod(torch.arange(2), torch.arange(nq)).tolist():
         kept = mask[0][tuple(at)].nonzero()[:, 0].tolist()
@@ -206,28 +213,57 @@ from triton.compiler import ASTSource
 from flashvsr_nb import sparge_kernel
 capability, warps, stages = map(int, sys.argv[1:])
 fixed = dict(BM=128, BN=64, D=128, BK=128, FP8=False, TAIL=False, SKIP=False, WIDE=False, STAGES=stages)
-kinds = dict(Q8="*i8", K8="*i8", V="*bf16", VS="*fp32", COLS="*i32", SCALES="*fp32", COUNT="*i32", OUT="*bf16",
+kinds = dict(Q8="*i8", QS="*fp32", K8="*i8", V="*bf16", VS="*fp32", COLS="*i32", SCALES="*fp32", COUNT="*i32", OUT="*bf16",
              skip="fp32", tokens="i32", keys="i32", padded="i32", nq="i32", nk="i32")
 aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kinds) if n.isupper() or n[-1].isdigit() or n == "padded"}
 source = ASTSource(fn=sparge_kernel._attend, signature=kinds | {n: "constexpr" for n in fixed}, constexprs=fixed,
                    attrs=aligned)
 built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps, num_stages=stages))
 ptx = built.asm["ptx"]
-print(json.dumps({"shared": built.metadata.shared, "int8": ".s32.s8.s8" in ptx, "async": ptx.count("cp.async.c")}))
+int8 = ".s32.s8.s8" in ptx or "kind::i8" in ptx
+print(json.dumps({"shared": built.metadata.shared, "int8": int8, "async": ptx.count("cp.async.c")}))
+"""
+
+BUILD_HOPPER = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from flashvsr_nb.hopper_kernel import RINGS, _hopper, gl
+def tile(kind, rows, dtype):
+    return f"tensordesc<{kind}[{rows}, 128],{gl.NVMMASharedLayout.get_default_for([rows, 128], dtype)!r}>"
+kinds = dict(q_desc=tile("i8", 64, gl.int8), k_desc=tile("i8", 128, gl.int8), v_desc=tile("bf16", 128, gl.bfloat16),
+             QS="*fp32", VS="*fp32", COLS="*i32", SCALES="*fp32", COUNT="*i32", OUT="*bf16", tokens="i32", padded="i32",
+             nq="i32", nk="i32", RING="constexpr")
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kinds) if n.isupper() and n != "RING" or n == "padded"}
+source = GluonASTSource(fn=_hopper, signature=kinds, constexprs=dict(RING=RINGS[128]), attrs=aligned)
+built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+ptx = built.asm["ptx"]
+print(json.dumps({"shared": built.metadata.shared, "int8": ptx.count("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"),
+                  "copies": ptx.count("cp.async.bulk.tensor")}))
 """
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def build(code, *arguments):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=env, text=True, stdout=subprocess.PIPE,
+                          check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_builds_for_every_architecture(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
     warps, stages = sparge_kernel._tuning.__wrapped__(torch.device("cuda"))
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", BUILD, *map(str, (capability, warps, stages))], env=env, text=True,
-                          stdout=subprocess.PIPE, check=True)
-    built = json.loads(done.stdout.splitlines()[-1])
+    built = build(BUILD, capability, warps, stages)
     assert built["int8"], "the scores must be native INT8 products"
     assert built["async"] >= 10, "tiles must be fetched ahead"
     assert built["shared"] <= 99 * 1024, "must fit the smallest card"
+
+
+def test_the_hopper_kernel_builds():
+    built = build(BUILD_HOPPER)
+    assert built["int8"] and built["copies"] and built["shared"] <= 227 * 1024
 
 
 # ---- on CUDA
