@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/11a_cli.ipynb #f8ccee7d
+# %% ../nbs/11a_cli.ipynb #d44a8fc4
 import argparse, json, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise _Stop(2, f"{message}; see {self.prog} --help")
 
-# %% ../nbs/11a_cli.ipynb #d017cae1
+# %% ../nbs/11a_cli.ipynb #5dc372f0
 def _upscale_one(model, info, output, args):
     "One input to one output, and what to say of it."
     start, frames = (in_frames(at, info.fps) for at in (args.start, args.frames))
@@ -104,7 +104,7 @@ def _degrade(args):
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height}, preset {args.preset}, "
               f"seed {args.seed}")
 
-# %% ../nbs/11a_cli.ipynb #4001bdf1
+# %% ../nbs/11a_cli.ipynb #da6607a6
 def _doctor(args):
     from flashvsr_nb.machine import doctor
 
@@ -145,7 +145,7 @@ def _download(args):
                           prompt_url=args.prompt_url)
     print(f"{folder}: complete; use it with --weights {folder if args.folder else args.release}")
 
-# %% ../nbs/11a_cli.ipynb #5b75975d
+# %% ../nbs/11a_cli.ipynb #3a6654c5
 def _model_options(add):
     "What `upscale` and `bench` ask about the model."
     add("--weights", default="nano", metavar="NAME|PATH", help="nano; v1 or v1.1, if downloaded; a file of our "
@@ -180,7 +180,7 @@ def _file_options(add, several=False):
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--quiet", action="store_true", help="no progress bar, no summary")
 
-# %% ../nbs/11a_cli.ipynb #b394dc8f
+# %% ../nbs/11a_cli.ipynb #d019a113
 def _parser():
     parser = _Parser(prog="flashvsr_nb", description="Video super-resolution: four times the size, frame for frame.",
                      allow_abbrev=False)
