@@ -293,7 +293,7 @@ def sparge_attention_prepared(
         num_warps=warps, num_stages=stages, enable_fp_fusion=True)
     return out
 
-# %% ../nbs/09a_sparge_kernel.ipynb #181e6f78
+# %% ../nbs/09a_sparge_kernel.ipynb #2676f6af
 @functools.cache
 def _tuning(device):  # warps, stages: Hopper's products like few warps; elsewhere registers and shared memory are short
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
@@ -306,11 +306,20 @@ def _on_hopper(device):
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        import flashvsr_nb.hopper_kernel  # noqa: F401
-    except ImportError as error:
-        warnings.warn(f"sparge: the Hopper kernel needs another Triton ({error}); the general kernel runs instead")
+        _try_hopper(device)
+    except Exception as error:  # Gluon is experimental: other versions may refuse in any way
+        warnings.warn(f"sparge: Triton {triton.__version__} does not take the Hopper kernel ({type(error).__name__}: "
+                      f"{str(error)[:200]}); the general kernel runs instead, slower")
         return False
     return True
+
+
+def _try_hopper(device):
+    "Build and launch it once, on two blocks of zeros."
+    from flashvsr_nb.hopper_kernel import attend_hopper
+    q = torch.zeros(1, 1, 256, 128, dtype=torch.bfloat16, device=device)
+    kv = prepare_kv(q, q)
+    return attend_hopper(*_make_plan(q, kv, None, (128, 128), 1.0, (1, 1, 2, 2)), kv, torch.empty_like(q), 128)
 
 # %% ../nbs/09a_sparge_kernel.ipynb #9efd8107
 def sparge_attention(

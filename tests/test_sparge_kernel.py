@@ -266,6 +266,24 @@ def test_the_hopper_kernel_builds():
     assert built["int8"] and built["copies"] and built["shared"] <= 227 * 1024
 
 
+def test_a_triton_without_the_hopper_kernel_is_said_once_and_done_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(sparge_kernel, "_try_hopper", lambda device: 1 / 0)
+    with pytest.warns(UserWarning, match="does not take the Hopper kernel .ZeroDivisionError"):
+        assert not sparge_kernel._on_hopper.__wrapped__(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not sparge_kernel._on_hopper.__wrapped__(torch.device("cuda"))
+
+
+def test_hopper_gets_a_whole_plan(monkeypatch):
+    def attend_hopper(q8, qs, cols, scales, count, kv, out, bk):
+        assert (q8.shape[2] == qs.shape[2] == 256 and cols.shape == scales.shape == (1, 1, 2, 2)
+                and count.tolist() == [[[2, 2]]] and kv.k.shape == out.shape and bk == 128)
+        return out
+    monkeypatch.setattr("flashvsr_nb.hopper_kernel.attend_hopper", attend_hopper)
+    assert sparge_kernel._try_hopper(torch.device(DEVICE)).shape == (1, 1, 256, 128)
+
+
 # ---- on CUDA
 
 @pytest.mark.cuda
