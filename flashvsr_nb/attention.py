@@ -133,9 +133,9 @@ class LCSA:
             p = block_probabilities(q, k, local=local, block_size=self.block_size)
             return select_blocks(p, topk=self.topk(slab), slab=slab)
 
-# %% ../nbs/03_attention.ipynb #c73ca837
+# %% ../nbs/03_attention.ipynb #c0a6367a
 def attend_gathered(
-    kernel: Callable,  # kernel(q, k, v, pad) -> as q, without blocks; pad bool (rows,1,1,keys): False = not a key; or None
+    kernel: Callable,  # kernel(q, k, v, pad) -> as q; pad: bool (rows,1,1,keys), False is not a key; or None
     q: torch.Tensor,  # (B,heads,query tokens,d)
     k: torch.Tensor,  # (B,heads,key tokens,d)
     v: torch.Tensor,  # as k
@@ -246,7 +246,7 @@ def _listed(allowed):
         return f"{allowed[0]} to {allowed[-1]}" + (f" in steps of {allowed.step}" if allowed.step > 1 else "")
     return " or ".join(map(str, allowed))
 
-# %% ../nbs/03_attention.ipynb #94ee89f0
+# %% ../nbs/03_attention.ipynb #c6a05dea
 class _Registry(UserDict):
     "name -> Backend, or the name of the module of this package that holds it as `BACKEND`, loaded when asked for."
 
@@ -257,7 +257,10 @@ class _Registry(UserDict):
 
 def _load(module):
     try:
-        return importlib.import_module(f"flashvsr_nb.{module}").BACKEND
+        found = importlib.import_module(f"flashvsr_nb.{module}")
+        if hasattr(found, "BACKEND"):
+            return found.BACKEND
+        why = f"flashvsr_nb.{module} has no BACKEND"
     except ModuleNotFoundError as error:
         why = f"needs {error.name}, which is not installed"
     except (ImportError, OSError) as error:  # installed, and does not load: a library built for another torch, say

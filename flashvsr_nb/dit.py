@@ -6,9 +6,10 @@
 __all__ = ['ModelConfig', 'timestep_embedding', 'modulate', 'RMSNorm', 'SelfAttention', 'CrossAttention', 'Block', 'Head',
            'Conditioning', 'DiT']
 
-# %% ../nbs/04_dit.ipynb #5c052f2c
+# %% ../nbs/04_dit.ipynb #b2ab60e0
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ class _Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim, cfg.eps), RMSNorm(cfg.dim, cfg.eps)
 
-# %% ../nbs/04_dit.ipynb #92c7532e
+# %% ../nbs/04_dit.ipynb #e5469d29
 class SelfAttention(_Attention):
     "Windowed block-sparse attention of a chunk on itself and on what the KV cache remembers"
     def forward(
@@ -139,13 +140,17 @@ class SelfAttention(_Attention):
         record=None, # called with the block mask
     ) -> torch.Tensor: # (B, L, D)
         "Queries of this chunk against its own keys and the cached ones"
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (_heads(t, self.heads) for t in (q, k, v))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = (f(x, *rope) for f in (self.queries, self.keys, self.values))
         if cache is not None: k, v = cache.update(k, v)
         mask = policy(q, k, grid=grid)
         if record is not None: record(mask)
         return self.o(_merge(attend(q, k, v, block_mask=mask, block_size=policy.block_size, backend=backend)))
+
+    def queries(self, x, cos, sin): return apply_rope(_heads(self.norm_q(self.q(x)), self.heads), cos, sin)
+
+    def keys(self, x, cos, sin): return apply_rope(_heads(self.norm_k(self.k(x)), self.heads), cos, sin)
+
+    def values(self, x, cos, sin): return _heads(self.v(x), self.heads)
 
 # %% ../nbs/04_dit.ipynb #6e967884
 class CrossAttention(_Attention):
@@ -166,7 +171,9 @@ class CrossAttention(_Attention):
         "Keys and values of the prompt"
         return _heads(self.norm_k(self.k(c)), self.heads), _heads(self.v(c), self.heads)
 
-# %% ../nbs/04_dit.ipynb #e6707f57
+# %% ../nbs/04_dit.ipynb #0bb787c7
+def _pieces(start, stop, size): return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
 class Block(nn.Module):
     "One DiT block: self-attention and FFN with adaLN and gates, cross-attention between them"
     def __init__(
@@ -193,6 +200,48 @@ class Block(nn.Module):
         x = x + gate1 * self.self_attn(modulate(x, shift1, scale1, eps=self.eps), rope, **attn)
         x = x + self.cross_attn(self.norm3(x), prompt)
         return x + gate2 * self.ffn(modulate(x, shift2, scale2, eps=self.eps))
+
+    def in_rows(
+        self,
+        x: torch.Tensor, # as for `forward`; overwritten
+        t6: torch.Tensor, # as for `forward`
+        prompt: tuple, # as for `forward`
+        rope: tuple, # as for `forward`
+        *,
+        rows: int, # tokens at a time, outside attention
+        grid: tuple, # this and what follows: as for `SelfAttention`
+        policy,
+        cache=None,
+        backend: str = 'auto',
+        record=None,
+    ) -> torch.Tensor: # x itself
+        "What `forward` gives, in place and without its large intermediates; no gradients"
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + t6).split(1, 1)
+        slab = grid[0] * grid[1] * policy.block_size[0]
+        if not isinstance(policy, LCSA): slab = x.shape[1] # who knows what it compares; LCSA's budget is one slab's
+
+        def heads(project, start, stop): # (B, heads, stop-start, d), normed, projected and turned piece by piece
+            out = x.new_empty(len(x), self.self_attn.heads, stop - start, x.shape[2] // self.self_attn.heads)
+            for at in _pieces(start, stop, rows):
+                y = modulate(x[:, at], shift1, scale1, eps=self.eps)
+                out[:, :, at.start - start:at.stop - start] = project(y, *(t[at] for t in rope))
+            return out
+
+        k, v = (heads(f, 0, x.shape[1]) for f in (self.self_attn.keys, self.self_attn.values))
+        if cache is not None: k, v = cache.update(k, v)
+        masks = []
+        for whole in _pieces(0, x.shape[1], slab): # x[:, whole] is read for the last time, then replaced
+            y = heads(self.self_attn.queries, whole.start, whole.stop)
+            mask = policy(y, k, grid=grid)
+            if record is not None: masks.append(mask)
+            y = attend(y, k, v, block_mask=mask, block_size=policy.block_size, backend=backend)
+            for at in _pieces(whole.start, whole.stop, rows):
+                part = x[:, at]
+                part += gate1 * self.self_attn.o(_merge(y[:, :, at.start - whole.start:at.stop - whole.start]))
+                part += self.cross_attn(self.norm3(part), prompt)
+                part += gate2 * self.ffn(modulate(part, shift2, scale2, eps=self.eps))
+        if record is not None: record(None if masks[0] is None else torch.cat(masks, 2))
+        return x
 
 # %% ../nbs/04_dit.ipynb #94d1fa8c
 class Head(nn.Module):
@@ -222,7 +271,7 @@ class Conditioning:
     t6: torch.Tensor # (1, 6, D)
     prompt: list # per block: (k, v), each (1, heads, n, d)
 
-# %% ../nbs/04_dit.ipynb #cf57d169
+# %% ../nbs/04_dit.ipynb #2f13c5c4
 class DiT(nn.Module):
     "The streaming video DiT; module and parameter names are those of the official checkpoint (825 tensors)"
     def __init__(
@@ -261,7 +310,7 @@ class DiT(nn.Module):
     def forward(
         self,
         x: torch.Tensor, # (B, 16, f, H/8, W/8) noisy latents, f even, H and W multiples of 128
-        lq_tokens: torch.Tensor, # (B, f*h*w, D) from the LQ projector, order (f, h, w)
+        lq_tokens, # (B, f*h*w, D) from the LQ projector, order (f, h, w); or an iterator of such parts, whole slabs each
         cond: Conditioning, # from `condition`
         *,
         f0: int = 0, # absolute index of the first latent frame
@@ -269,16 +318,31 @@ class DiT(nn.Module):
         policy=None, # mask policy; None: the config's LCSA
         backend: str = 'auto', # attention back end
         record=None, # called with every block's mask
+        rows: int = 4096, # tokens at a time where no gradient is wanted; 0: all, as where one is
     ) -> torch.Tensor: # (B, 16, f, H/8, W/8) velocity
         "Velocity of one chunk; x0 = x - velocity"
-        y = self.patch_embedding(x)
-        size = y.shape[2:]
-        if lq_tokens.shape[1] != size.numel():
-            raise ValueError(f"DiT: {lq_tokens.shape[1]} lq_tokens, but latents {tuple(x.shape)} make {size.numel()}")
-        y = window_partition(y.permute(0, 2, 3, 4, 1)) + window_partition(lq_tokens.unflatten(1, size))
+        size = torch.Size((x.shape[2], x.shape[3] // 2, x.shape[4] // 2))
+        y = self._embed(x, [lq_tokens] if isinstance(lq_tokens, torch.Tensor) else lq_tokens, size)
         attn = dict(grid=block_grid(*size[1:]), policy=policy or self.cfg.lcsa, backend=backend, record=record)
         rope = rope_table(size, self.cfg.dim // self.cfg.heads, f0=f0, device=x.device)
+        lean = rows and not torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            y = block(y, cond.t6, cond.prompt[i], rope, cache=None if caches is None else caches[i], **attn)
-        y = window_merge(self.head(y, cond.t), size=size) # B, f, h, w, (2, 2, 16)
+            run = partial(block.in_rows, rows=rows) if lean else block
+            y = run(y, cond.t6, cond.prompt[i], rope, cache=None if caches is None else caches[i], **attn)
+        y = torch.cat([self.head(y[:, at], cond.t) for at in _pieces(0, y.shape[1], rows if lean else y.shape[1])], 1)
+        y = window_merge(y, size=size) # B, f, h, w, (2, 2, 16)
         return y.unflatten(-1, (2, 2, -1)).permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape)
+
+    def _embed(self, x, parts, size):
+        "Patches of the latents plus LQ tokens, in window order, as the tokens come"
+        out, done, n = [], 0, size[1] * size[2]
+        for part in parts:
+            f = part.shape[1] // n
+            if part.shape[1] % n or done + f > size[0]:
+                raise ValueError(f"DiT: {done * n + part.shape[1]} lq_tokens, but latents {tuple(x.shape)} make {size.numel()}")
+            patches = window_partition(self.patch_embedding(x[:, :, done:done + f]).permute(0, 2, 3, 4, 1))
+            out.append(patches + window_partition(part.unflatten(1, (f, *size[1:]))))
+            done += f
+        if done < size[0]:
+            raise ValueError(f"DiT: {done * n} lq_tokens, but latents {tuple(x.shape)} make {size.numel()}")
+        return out[0] if len(out) == 1 else torch.cat(out, 1)

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashvsr_nb.attention as attention
 from flashvsr_nb.attention import (LCSA, Backend, attend, attend_gathered, attend_reference, backends,
-                                   block_probabilities, expand_mask, locality_mask, pick_backend, pool_blocks, select_blocks)
+                                   block_probabilities, expand_mask, locality_mask, pick_backend, pool_blocks,
+                                   select_blocks)
 
 few = settings(max_examples=25)
 close = torch.testing.assert_close
@@ -272,6 +273,7 @@ def test_modules_are_loaded_when_asked_for(monkeypatch, tmp_path):
     "What is not there, does not load or lacks a package is not usable, and says so."
     monkeypatch.setattr("flashvsr_nb.__path__", [str(tmp_path)])
     sources = {"absent": None, "lacking": "import no_such_package", "broken": "raise OSError('two\\nlines')",
+               "other": "x = 1",
                "other_torch": "raise ImportError('undefined symbol')",
                "good": "from flashvsr_nb.attention import Backend, attend_reference\n"
                        "BACKEND = Backend(attend_reference, 'fine', exact=False)"}
@@ -285,12 +287,14 @@ def test_modules_are_loaded_when_asked_for(monkeypatch, tmp_path):
     assert {n: backends[n].unusable(cpu) for n in sources} == {
         "absent": "needs flashvsr_nb.late_absent, which is not installed",
         "lacking": "needs no_such_package, which is not installed", "broken": "late_broken cannot be loaded: two lines",
-        "other_torch": "late_other_torch cannot be loaded: undefined symbol", "good": None}
+        "other": "flashvsr_nb.late_other has no BACKEND", "other_torch": "late_other_torch cannot be loaded: undefined symbol",
+        "good": None}
     assert not any(backends[n].exact for n in sources) and {*dict(backends.items())} >= {*sources}
     close(attend(*random_qkv(), backend="good"), attend_reference(*random_qkv()))
     with pytest.raises(RuntimeError, match="'absent' cannot run here: needs flashvsr_nb.late_absent"):
         attend(*random_qkv(), backend="absent")
-    del sys.modules["flashvsr_nb.late_good"]
+    for name in ("good", "other"):
+        del sys.modules[f"flashvsr_nb.late_{name}"]
 
 
 def test_optional_back_ends_are_named_and_not_exact():
