@@ -6,7 +6,7 @@
 __all__ = ['BLOCKS', 'BACKEND', 'PreparedKV', 'prepare_kv', 'sparge_reference', 'sparge_attention_prepared', 'sparge_attention',
            'PreparedCache']
 
-# %% ../nbs/09a_sparge_kernel.ipynb #25845940
+# %% ../nbs/09a_sparge_kernel.ipynb #c6b1580e
 import functools
 import math
 import warnings
@@ -21,7 +21,7 @@ from .attention import Backend
 from .kv_cache import _check_keep, _check_slabs
 from .small_caches import _Ring, quantize_blocks
 
-# %% ../nbs/09a_sparge_kernel.ipynb #56368bef
+# %% ../nbs/09a_sparge_kernel.ipynb #5406e8bc
 @triton.jit
 def _to_int8(x, scale):
     "x / scale as INT8: round half to even, as `quantize_blocks` does."
@@ -45,7 +45,7 @@ def _interpreted():
     "Do kernels run as NumPy, on a CPU (TRITON_INTERPRET=1 when they were defined)?"
     return not isinstance(_write_keys, triton.JITFunction)
 
-# %% ../nbs/09a_sparge_kernel.ipynb #ea437a69
+# %% ../nbs/09a_sparge_kernel.ipynb #c25eab47
 @dataclass(frozen=True)
 class PreparedKV:
     "Keys and values as the kernel reads them, made once by `prepare_kv`."
@@ -57,7 +57,7 @@ class PreparedKV:
     v_scale: torch.Tensor | None  # float32 (B,heads,d) of an FP8 v; else None
     tokens: int  # without the padding
 
-# %% ../nbs/09a_sparge_kernel.ipynb #6221ec4b
+# %% ../nbs/09a_sparge_kernel.ipynb #babcc96a
 def prepare_kv(
     k: torch.Tensor,  # (B,heads,tokens,d), any float dtype
     v: torch.Tensor,  # as k
@@ -92,7 +92,7 @@ def _quantize_keys(k, mean):
     _write_keys[(blocks, b * h)](k, mean.contiguous(), k8, scale, h, tokens, *k.stride()[:3], D=d)
     return k8, scale
 
-# %% ../nbs/09a_sparge_kernel.ipynb #48fa88ad
+# %% ../nbs/09a_sparge_kernel.ipynb #26a77b1c
 def _check_choices(q, *, pv="bf16", block_size=(128, 128), scale=None):
     if q.shape[-1] not in (64, 128):
         raise ValueError(f"sparge: heads of width d = {q.shape[-1]}; it takes 64 or 128, else use sdpa")
@@ -106,7 +106,7 @@ def _check_choices(q, *, pv="bf16", block_size=(128, 128), scale=None):
         raise ValueError(f"sparge: scale={scale} must not be negative")
 BLOCKS = (128, 128), (128, 64), (64, 128)  # tokens per query block, per key block
 
-# %% ../nbs/09a_sparge_kernel.ipynb #e3f487c8
+# %% ../nbs/09a_sparge_kernel.ipynb #92664405
 def sparge_reference(
     q: torch.Tensor,  # (B,heads,query tokens,d)
     kv: PreparedKV,  # from `prepare_kv`
@@ -156,7 +156,7 @@ def _plain_values(kv):
         return kv.v.float()
     return kv.v.float().unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4).mT * kv.v_scale[:, :, None]
 
-# %% ../nbs/09a_sparge_kernel.ipynb #34b9735d
+# %% ../nbs/09a_sparge_kernel.ipynb #76b37dea
 @triton.jit
 def _plan(Q, MASK, KS, Q8, QS, COLS, SCALES, COUNT, scale, heads, tokens, sb, sh, st, nq, nk, nks,
           BM: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, MASKED: tl.constexpr):
@@ -181,7 +181,7 @@ def _plan(Q, MASK, KS, Q8, QS, COLS, SCALES, COUNT, scale, heads, tokens, sb, sh
     tl.store(SCALES + row * nk, 0.0, mask=count == 0)
     tl.store(COUNT + row, count)
 
-# %% ../nbs/09a_sparge_kernel.ipynb #13bc1e1d
+# %% ../nbs/09a_sparge_kernel.ipynb #e394deb0
 def _make_plan(q, kv, block_mask, block_size, scale, shape):
     "Quantised queries, their scales and, per query block, the list of key blocks, theirs, and how many: one launch."
     (b, h, nq, nk), (bq, bk), d = shape, block_size, q.shape[3]
@@ -196,7 +196,7 @@ def _make_plan(q, kv, block_mask, block_size, scale, shape):
                      MASKED=block_mask is not None)
     return q8, qs, cols, scales, count
 
-# %% ../nbs/09a_sparge_kernel.ipynb #56bc9bc3
+# %% ../nbs/09a_sparge_kernel.ipynb #ebea3024
 @triton.jit
 def _for_fp8(p, BM: tl.constexpr, BN: tl.constexpr):
     "Keys in the order in which `prepare_kv` stores FP8 values."
@@ -210,7 +210,7 @@ def _times_values(p, v, acc, WIDE: tl.constexpr):
         acc = tl.dot(p.to(v.dtype), v, acc)
     return acc
 
-# %% ../nbs/09a_sparge_kernel.ipynb #745c3959
+# %% ../nbs/09a_sparge_kernel.ipynb #3a3e29f3
 @triton.jit
 def _attend(Q8, QS, K8, V, VS, COLS, SCALES, COUNT, OUT, skip, tokens, keys, padded, nq, nk,
             BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, FP8: tl.constexpr,
@@ -259,7 +259,7 @@ def _attend(Q8, QS, K8, V, VS, COLS, SCALES, COUNT, OUT, skip, tokens, keys, pad
     at = (bh * tokens + rows)[:, None] * D + d[None, :]
     tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=(rows < tokens)[:, None])
 
-# %% ../nbs/09a_sparge_kernel.ipynb #43e3c6b5
+# %% ../nbs/09a_sparge_kernel.ipynb #eb76460e
 def sparge_attention_prepared(
     q: torch.Tensor,  # (B,heads,query tokens,d), d 64 or 128, any float dtype
     kv: PreparedKV,  # from `prepare_kv`
@@ -295,7 +295,7 @@ def sparge_attention_prepared(
         num_warps=warps, num_stages=stages, enable_fp_fusion=True)
     return out
 
-# %% ../nbs/09a_sparge_kernel.ipynb #768ab264
+# %% ../nbs/09a_sparge_kernel.ipynb #2676f6af
 @functools.cache
 def _tuning(device):  # warps, stages: Hopper's products like few warps; elsewhere registers and shared memory are short
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
@@ -323,7 +323,7 @@ def _try_hopper(device):
     kv = prepare_kv(q, q)
     return attend_hopper(*_make_plan(q, kv, None, (128, 128), 1.0, (1, 1, 2, 2)), kv, torch.empty_like(q), 128)
 
-# %% ../nbs/09a_sparge_kernel.ipynb #33046c14
+# %% ../nbs/09a_sparge_kernel.ipynb #9efd8107
 def sparge_attention(
     q: torch.Tensor,  # (B,heads,query tokens,d), d 64 or 128
     k: torch.Tensor,  # (B,heads,key tokens,d)
@@ -339,12 +339,12 @@ def sparge_attention(
     kv = prepare_kv(k, v, pv=pv)
     return sparge_attention_prepared(q, kv, block_mask=block_mask, block_size=block_size, scale=scale, skip=skip)
 
-# %% ../nbs/09a_sparge_kernel.ipynb #93049ddd
+# %% ../nbs/09a_sparge_kernel.ipynb #d8ad0ee8
 BACKEND = Backend(
     sparge_attention, "our Triton kernel: INT8 scores, skips masked blocks", exact=False, devices=("cuda",),
     dtypes=(torch.float16, torch.bfloat16, torch.float32), head_dims=(64, 128), block_sizes=BLOCKS)
 
-# %% ../nbs/09a_sparge_kernel.ipynb #677a018b
+# %% ../nbs/09a_sparge_kernel.ipynb #5c777eea
 class PreparedCache:
     "A layer's newest slabs as the kernel reads them: every key is smoothed and quantised once, when it is written."
 
