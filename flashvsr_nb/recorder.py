@@ -201,14 +201,12 @@ class _Streams:
         self.known.append(weakref.ref(caches[0]) if caches else lambda: None)
         return len(self.known) - 1
 
-# %% ../nbs/11b_recorder.ipynb #3d35439e
-class _Hooks:
-    "The hooks of one `capture`, and what they know of the call under way"
-    def __init__(self, rec, wanted, layers, limit, queries, tokens):
-        self.rec, self.wanted, self.layers, self.limit = rec, wanted, layers, limit
-        self.queries, self.tokens = queries, tokens
-        self.clock, self.streams, self.handles, self.used = _Clock(), _Streams(), [], 0
-        self.active, self.within, self.opened = 0 in wanted, False, None
+# %% ../nbs/11b_recorder.ipynb #149d95db
+class _Times:
+    "Hooks that time modules and layers while `active`"
+    def __init__(self, rec):
+        self.rec, self.clock, self.handles = rec, _Clock(), []
+        self.active, self.within, self.opened, self.place = False, False, None, {}
 
     def time(self, module, part):
         "Time every call of a module"
@@ -223,7 +221,8 @@ class _Hooks:
 
     def layer_begins(self, i):
         "Layer `i` lasts from its first query or key to those of the next"
-        def before(m, args): self.close(args[0], i) if self.active and (self.opened or [None])[0] != i else None
+        def before(m, args):
+            if self.active and (self.opened or [None])[0] != i: self.close(args[0], i)
         return before
 
     def close(self, x, following=None):
@@ -231,6 +230,14 @@ class _Hooks:
         now = self.clock.now(x)
         if self.opened: self.clock.end(self.place["call"], (self.opened[0], "layer"), self.opened[1], now)
         self.opened = None if following is None else (following, now)
+
+# %% ../nbs/11b_recorder.ipynb #8238bed5
+class _Hooks(_Times):
+    "The hooks of one `capture`, and what they know of the call under way"
+    def __init__(self, rec, wanted, layers, limit, queries, tokens):
+        super().__init__(rec)
+        self.wanted, self.layers, self.limit, self.queries, self.tokens = wanted, layers, limit, queries, tokens
+        self.streams, self.used, self.active = _Streams(), 0, 0 in wanted
 
     def begin(self, module, args, kwargs):
         "A new call of the DiT: which stream, which chunk?"
@@ -267,8 +274,8 @@ class _Hooks:
         "All pieces of a layer were asked for; keep its record, if there is room"
         if self.pieces:
             x = self.pieces[0][0]
-            start, record = self.clock.now(x), _layer_record(self.pieces, self.keys, mask, layer=self.layer, **self.place,
-                                                             **self.shape)
+            start, place = self.clock.now(x), dict(layer=self.layer, **self.place, **self.shape)
+            record = _layer_record(self.pieces, self.keys, mask, **place)
             fits = self.used + record.nbytes <= self.limit
             self.used += record.nbytes * fits
             self.rec.layers += [record] * fits

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layout', 'seam_map', 'at_least', 'TileExplorer']
 
-# %% ../nbs/12c_tile_explorer.ipynb #bf7b5378
+# %% ../nbs/12c_tile_explorer.ipynb #8a94fa3d
 import numpy as np
 import torch
 import traitlets as tr
@@ -18,7 +18,7 @@ from .tiling import BLENDS, TiledStream, tile_grid
 from .weights import empty_modules
 from .widgets import _clip, _code, _Viewer, jpeg_frames
 
-# %% ../nbs/12c_tile_explorer.ipynb #dbbe9cc3
+# %% ../nbs/12c_tile_explorer.ipynb #9258a911
 def layout(
     height: int,  # of the frame, LR pixels
     width: int,
@@ -35,7 +35,7 @@ def layout(
     area = sum(r.stop - r.start for r in rows) * sum(c.stop - c.start for c in cols)
     return dict(rows=rows, cols=cols, redundancy=area / (full[0] * full[1]))
 
-# %% ../nbs/12c_tile_explorer.ipynb #c356591f
+# %% ../nbs/12c_tile_explorer.ipynb #82c27c7e
 @torch.inference_mode()
 def seam_map(
     model,  # FlashVSR
@@ -53,7 +53,7 @@ def seam_map(
     tiled = TiledStream(model, tile=tile, overlap=overlap, blend=blend, snap=snap, shared=shared).push(lq)
     return (whole - tiled)[0, :, 4].abs().mean(0).mul(127.5).cpu().numpy()
 
-# %% ../nbs/12c_tile_explorer.ipynb #6e92aaca
+# %% ../nbs/12c_tile_explorer.ipynb #976a8ccc
 def at_least(
     cfg,  # ModelConfig
     *,
@@ -69,7 +69,7 @@ def at_least(
         return dict(gib=(weights + cache_bytes(cfg, h, w, itemsize=itemsize).device) / 2**30, time=area)
     return predict
 
-# %% ../nbs/12c_tile_explorer.ipynb #2b0d7ee8
+# %% ../nbs/12c_tile_explorer.ipynb #4afcf49e
 class _Tiles(_Viewer):
     "Where the tiles lie at present, and the seam maps that were measured."
 
@@ -126,7 +126,7 @@ def _drawn(frame, size, plan, width=640):
             draw.rectangle(box, outline="white")
     return page
 
-# %% ../nbs/12c_tile_explorer.ipynb #86bfa27e
+# %% ../nbs/12c_tile_explorer.ipynb #91067d2f
 class TileExplorer(_Tiles):
     "Tiles over a frame: grid, overlaps, weights, redundancy, memory and time, seam map."
 
