@@ -207,14 +207,15 @@ class TCDecoder(nn.Module):
         if len(tiles) == 1:
             y, new = self._decode(latents, lq, state, tiles[0])
             return y, [s.to(self.store or s.device) for s in new]
-        frames, new = torch.empty_like(lq), None
+        frames, new = torch.empty_like(lq), []
         for window in tiles:
-            home = [window.home(k) for k in (1, 2, 4)]
             y, parts = self._decode(latents[(..., *window.outer())], lq[(..., *window.outer(8))], state, window)
             frames[(..., *window.home(8))] = y
-            new = new or [self._whole(s, k, h, w) for s, k in zip(parts, (1, 1, 1, 2, 2, 2, 4, 4, 4))]
-            for i, part in enumerate(parts):
-                new[i][(..., *home[i // 3])].copy_(part)
+            for i, k in enumerate((1, 1, 1, 2, 2, 2, 4, 4, 4)):
+                if len(new) == i:
+                    new.append(self._whole(parts[0], k, h, w))
+                new[i][(..., *window.home(k))].copy_(parts.pop(0))
+            del y, parts  # not while the next tile is decoded
         return frames, new
 
     def _whole(self, part, k, h, w):

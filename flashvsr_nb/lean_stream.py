@@ -70,6 +70,15 @@ def _rewound(cache, written, make, stream):
     _ring(cache).written = written  # a ring on the device has a slot to spare: only what was not kept is overwritten
     return cache
 
+
+def _release(group, caches):
+    "Forget the copies on the device of off-loaded caches; the next chunk fetches them again."
+    for cache in caches:
+        if isinstance(cache, QuantizedCache) and hasattr(cache.ring, "host"):
+            cache.kv = None
+    for buffer in group.staging.buffers:
+        buffer.__init__()
+
 # %% ../nbs/06f_lean_stream.ipynb #d118a28e
 class LeanStream(Stream):
     "A `Stream` whose frames are in the host's memory, and which can save more memory on the way and lose nothing."
@@ -81,7 +90,8 @@ class LeanStream(Stream):
         kind: str = "resident",  # of KV caches: 'resident', 'offload', 'int8' or 'int8-offload'
         prefetch: bool = True,  # off-loaded caches: fetch the next layer's while this one computes
         int8_weights: bool = False,  # store the model's weights in INT8; changes the model, for good
-        decoder_tile: int | None = None,  # largest frame decoded whole, latent cells of 8 px; None: any
+        release: bool = False,  # off-loaded caches: free their buffers on the device before the decoder runs
+        decoder_tile=None,  # largest frame decoded whole, latent cells of 8 px: a number or (rows, columns); None: any
         decoder_host: bool = False,  # keep the decoder's state in the host's memory
         step_down=None,  # function without arguments: what `change` gets when memory runs out; None: nothing left
         **options,  # as for `Stream`
@@ -89,13 +99,14 @@ class LeanStream(Stream):
         self.group = None
         super().__init__(model, **options)
         self.step_down = step_down
-        self.change(kind=kind, prefetch=prefetch, int8_weights=int8_weights, decoder_tile=decoder_tile,
-                    decoder_host=decoder_host)
+        self.change(kind=kind, prefetch=prefetch, release=release, int8_weights=int8_weights,
+                    decoder_tile=decoder_tile, decoder_host=decoder_host)
 
-    def change(self, *, kind="resident", prefetch=True, int8_weights=False, decoder_tile=None, decoder_host=False):
+    def change(self, *, kind="resident", prefetch=True, release=False, int8_weights=False, decoder_tile=None,
+               decoder_host=False):
         "Go on in another way, arguments as at the start: what the caches hold moves along, layer by layer."
         decoder = self.model.decoder
-        decoder.tile, decoder.store = decoder_tile, "cpu" if decoder_host else None
+        decoder.tile, decoder.store, self.release = decoder_tile, "cpu" if decoder_host else None, release
         if self.decoder is not None:
             self.decoder = [s.to("cpu" if decoder_host else self.device) for s in self.decoder]
         if int8_weights:
@@ -125,7 +136,11 @@ class LeanStream(Stream):
     ) -> torch.Tensor:  # (B,16,6,H/8,W/8), then (B,16,2,H/8,W/8)
         "Clean latents, as `Stream.denoise`, with four LQ frames on the device at a time."
         like = torch.empty((), dtype=self.dtype, device=self.device).expand(lq.shape)  # a shape without memory
-        return super().denoise(like, tokens=self._slabs(lq) if tokens is None else tokens)
+        try:
+            return super().denoise(like, tokens=self._slabs(lq) if tokens is None else tokens)
+        finally:
+            if self.release:
+                _release(self.group, self.caches or ())
 
     def _slabs(self, lq):
         "The LQ tokens of two latents at a time."

@@ -47,12 +47,12 @@ def dequantize_blocks(
                          f"{block} tokens needs {(*q.shape[:2], blocks)}")
     return (q * scale.repeat_interleave(block, 2)[:, :, :q.shape[2], None]).to(dtype)
 
-# %% ../nbs/05a_small_caches.ipynb #9b4c6793
+# %% ../nbs/05a_small_caches.ipynb #298a4c6b
 @dataclass(frozen=True)
 class QuantizedKV:
     "Keys and values in INT8, slabs in slot order: keys are k*k_scale + k_mean, values v*v_scale"
     k: torch.Tensor # int8 (B, heads, L, d), L = slabs*slab
-    k_scale: torch.Tensor # float32 (B, heads, L/64): per 64 tokens
+    k_scale: torch.Tensor # float32 (B, heads, L/64), or L/128: per block of tokens
     k_mean: torch.Tensor # float32 (B, heads, slabs, d): subtracted from the keys of a slab
     v: torch.Tensor # int8 (B, heads, L, d)
     v_scale: torch.Tensor # float32 (B, heads, slabs, d): per slab and channel
@@ -80,19 +80,17 @@ class QuantizedKV:
         "Keys and values for any exact back end"
         k, v = (torch.empty(self.k.shape, dtype=dtype, device=self.k.device) for _ in 'kv')
         slabs = self.k_mean.shape[2]
-        tensors = k, self.k, self.k_scale, self.k_mean, v, self.v, self.v_scale
-        for h in _few_heads(self.k):
-            for i in range(slabs):
-                to_k, k8, k_scale, mean, to_v, v8, v_scale = (_rows(t[:, h], i, slabs) for t in tensors)
-                to_k.copy_(dequantize_blocks(k8, k_scale) + mean)
-                to_v.copy_(v8 * v_scale)
+        shape = slabs, self.k_scale.shape[2] // slabs, -1 # slabs, blocks, tokens
+        step, mean = self.k_scale.unflatten(2, shape[:2])[..., None, None], self.k_mean[:, :, :, None, None]
+        torch.addcmul(mean, self.k.unflatten(2, shape), step, out=k.unflatten(2, shape))
+        torch.mul(self.v.unflatten(2, (slabs, -1)), self.v_scale[:, :, :, None], out=v.unflatten(2, (slabs, -1)))
         return k, v
 
 def _few_heads(x, budget=2**23): # slices of heads, few enough that a float32 copy stays small
     n = max(1, budget // x[:, :1].numel())
     return [slice(i, i + n) for i in range(0, x.shape[1], n)]
 
-# %% ../nbs/05a_small_caches.ipynb #ce111735
+# %% ../nbs/05a_small_caches.ipynb #0bbe536a
 def _rows(x, i, n, dim=2): # the i-th of n equal parts of (B, heads, rows, ...)
     t = x.shape[dim] // n
     return x.narrow(dim, i * t, t)
@@ -123,12 +121,11 @@ class _Ring:
 
     def _open(self, new, n, need): # tensors of `need` slots, each kept slab in its place
         if self.slots == need: return self.data
-        data = [x.new_zeros(*x.shape[:2], x.shape[2] // n * need, *x.shape[3:]) for x in new]
+        old, self.data = self.data, [x.new_zeros(*x.shape[:2], x.shape[2] // n * need, *x.shape[3:]) for x in new]
         for slot, s in enumerate(self.order):
-            for to, x in zip(data, self.data if s in self.kept else ()):
+            for to, x in zip(self.data, old if s in self.kept else ()):
                 _rows(to, s % need, need).copy_(_rows(x, slot, self.slots))
-        self.data = data
-        return data
+        return self.data
 
     def _close(self, n): "The newest `n` slabs are in their slots"
 
@@ -138,7 +135,7 @@ class _OnRing:
         "Which slab lies where"
         return self.ring.order
 
-# %% ../nbs/05a_small_caches.ipynb #1257433b
+# %% ../nbs/05a_small_caches.ipynb #e5ee9258
 class QuantizedCache(_OnRing):
     "Keys and values in INT8, quantised once, when written: half the bytes of bfloat16"
     def __init__(
@@ -147,12 +144,14 @@ class QuantizedCache(_OnRing):
         *,
         keep: int = 3, # slabs remembered between chunks, at least 1
         mean: str = 'slab', # subtracted from the keys: 'slab', each slab's own; 'first', the first chunk's, for ever
+        block: int = 64, # tokens that share a scale of K, 64 or 128: what the kernel takes
         group=None, # CacheGroup whose buffers it uses, to be off-loaded; None: resident
     ):
         _check_keep(self, keep)
         if slab % 128: raise ValueError(f"QuantizedCache: slab={slab} tokens, must be whole blocks of 128")
         if mean not in ('slab', 'first'): raise ValueError(f"QuantizedCache: mean={mean!r} must be 'slab' or 'first'")
-        self.slab, self.keep, self.mean, self.frozen, self.kv = slab, keep, mean, None, None
+        if block not in (64, 128): raise ValueError(f"QuantizedCache: block={block} tokens must be 64 or 128")
+        self.slab, self.keep, self.mean, self.block, self.frozen, self.kv = slab, keep, mean, block, None, None
         self.ring = _Ring(keep) if group is None else _HostRing(keep, group.staging)
 
     def write(
@@ -184,7 +183,7 @@ class QuantizedCache(_OnRing):
     def _quantize(self, k, v): # of one slab
         mean = k.mean(2, keepdim=True, dtype=torch.float32) if self.frozen is None else self.frozen
         v_scale = v.abs().amax(2, keepdim=True).float() / 127
-        k8, k_scale = zip(*(quantize_blocks(k[:, h] - mean[:, h]) for h in _few_heads(k)))
+        k8, k_scale = zip(*(quantize_blocks(k[:, h] - mean[:, h], self.block) for h in _few_heads(k)))
         v8 = [_int8(v[:, h].float(), v_scale[:, h]) for h in _few_heads(v)]
         pooled = k.unflatten(2, (-1, 128)).mean(3, dtype=torch.float32)
         return torch.cat(k8, 1), torch.cat(k_scale, 1), mean, torch.cat(v8, 1), v_scale, pooled
@@ -209,10 +208,9 @@ class _Lane:
     def uses(self, tensors): # their memory is not given to others before this queue is through with it
         for t in tensors if self.own else (): t.record_stream(self.own)
 
-# %% ../nbs/05a_small_caches.ipynb #369d83d8
+# %% ../nbs/05a_small_caches.ipynb #1967dcda
 class _HostMemory:
-    "Tensors (rows, B, heads, ...) in the host's memory, page-locked for a CUDA device; exactly as large as needed"
-    # torch's own page-locked memory is rounded up to a power of two: 34 GiB would become 45
+    "Tensors (rows, B, heads, ...) in the host's memory, page-locked for a CUDA device, no larger than needed"
     def __init__(self, shapes, device): # [(shape, dtype)]
         self.shapes, locked = shapes, [] if device.type == 'cuda' else None
         with torch.inference_mode(False):
@@ -247,7 +245,7 @@ class _Buffer: # device tensors (rows, B, heads, ...) lent to one ring after the
 
     def holds(self, ring, slots): return (self.ring(), self.written, self.slots) == (ring, ring.written, slots)
 
-# %% ../nbs/05a_small_caches.ipynb #182b13e4
+# %% ../nbs/05a_small_caches.ipynb #1f4f2d19
 class _Staging:
     "What the off-loaded rings of all layers share: buffers on the device, a queue for each direction"
     def __init__(self, prefetch):
@@ -256,8 +254,7 @@ class _Staging:
 
     def memory(self, shapes, device): # for a new ring
         if not self.lanes: self.lanes = [_Lane(device, side) for side in (False, True, True)]
-        if self.lanes[0].device != device:
-            here = self.lanes[0].device
+        if (here := self.lanes[0].device) != device:
             raise ValueError(f"CacheGroup: keys on {device}, earlier ones on {here}; one group for each")
         fitting = [m for m in self.spare if m.shapes == shapes]
         if not fitting: self.spare.clear()
@@ -278,7 +275,7 @@ class _Staging:
         (here, load, _), buffer = self.lanes, self.buffers[0]
         shapes = [((x.shape[0] // ring.keep * slots, *x.shape[1:]), x.dtype) for x in ring.host.tensors]
         if [(t.shape, t.dtype) for t in buffer.tensors] != shapes:
-            buffer.tensors = () # first free, then allocate
+            buffer.ring, buffer.tensors = (lambda: None), () # first free, then allocate; if that fails, nothing is held
             with torch.inference_mode(False):
                 buffer.tensors = [torch.empty(shape, dtype=dtype, device=here.device) for shape, dtype in shapes]
             for lane in self.lanes[1:]: lane.uses(buffer.tensors)
@@ -301,7 +298,7 @@ class _Staging:
         slots = after.room(1)
         if not any(b.holds(after, slots) for b in self.buffers): self.load(after, slots)
 
-# %% ../nbs/05a_small_caches.ipynb #8f541960
+# %% ../nbs/05a_small_caches.ipynb #8cdb9aa0
 class _HostRing(_Ring):
     "A ring whose kept slabs are in the host's memory and visit the device"
     def __init__(self, keep, staging):
@@ -317,6 +314,9 @@ class _HostRing(_Ring):
         return [t.movedim(0, 2) for t in self.buffer.tensors]
 
     def _close(self, n): self.staging.give(self, self.buffer, n)
+
+    def settle(self): # wait until the host's tensors may be read by the host itself
+        if self.saved is not None: self.saved.synchronize()
 
 class OffloadedCache(_OnRing):
     "A `KVCache` whose slabs are in the host's memory: the device holds those of this layer and of the next"
@@ -340,7 +340,7 @@ class OffloadedCache(_OnRing):
         _check_slabs(self, k)
         return self.ring.put((k, v), k.shape[2] // self.slab)
 
-# %% ../nbs/05a_small_caches.ipynb #f40f8057
+# %% ../nbs/05a_small_caches.ipynb #d1087ade
 def _check_kind(who, kind):
     kinds = ('resident', 'offload', 'int8', 'int8-offload')
     if kind not in kinds: raise ValueError(f"{who}: kind={kind!r} must be one of: {', '.join(kinds)}")
@@ -351,11 +351,12 @@ class CacheGroup:
         self,
         kind: str = 'resident', # 'resident', 'offload', 'int8', or 'int8-offload': both
         *,
-        mean: str = 'slab', # as for `QuantizedCache`
         prefetch: bool = True, # fetch the next layer's slabs while this one computes; False: half the memory for it
+        **int8, # `mean` and `block` of `QuantizedCache`
     ):
         _check_kind('CacheGroup', kind)
-        self.kind, self.mean, self.staging = kind, mean, _Staging(prefetch)
+        self.kind, self.int8, self.staging = kind, int8, _Staging(prefetch)
+        if kind.startswith('int8'): QuantizedCache(128, **int8) # refuses wrong values now
 
     def make(
         self,
@@ -366,7 +367,7 @@ class CacheGroup:
         "A new cache"
         if self.kind == 'resident': return KVCache(slab, keep=keep)
         if self.kind == 'offload': return OffloadedCache(slab, keep=keep, group=self)
-        return QuantizedCache(slab, keep=keep, mean=self.mean, group=None if self.kind == 'int8' else self)
+        return QuantizedCache(slab, keep=keep, group=None if self.kind == 'int8' else self, **self.int8)
 
 # %% ../nbs/05a_small_caches.ipynb #e601c069
 class CacheBytes(NamedTuple):

@@ -32,6 +32,10 @@ def random_kv(n, slab, *, batch=1, heads=2, d=4, dtype=torch.float32, device="cp
     return k + 3 * torch.randn(batch, heads, 1, d, device=device).to(dtype), v
 
 
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
 def error(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -95,7 +99,7 @@ def test_offloaded_is_the_ring(keep, layers, batch, prefetch, sizes, slab):
     for n in sizes:
         for a, b in zip(ours, theirs):
             new = random_kv(n, slab, batch=batch)
-            assert all(map(torch.equal, a.update(*new), b.update(*new)))
+            assert same(a.update(*new), b.update(*new))
             assert a.order == b.order
 
 
@@ -111,7 +115,7 @@ def test_offloaded_over_a_stream(keep, prefetch, dtype):
             new = random_kv(1 if i else 3, 4, dtype=dtype)
             expected = ring.update(*new)
             for cache in (grouped, alone):
-                assert all(map(torch.equal, cache.update(*new), expected)) and cache.order == ring.order
+                assert same(cache.update(*new), expected) and cache.order == ring.order
     assert len({t.data_ptr() for b in group.staging.buffers for t in b.tensors}) == (4 if prefetch else 2)
 
 
@@ -125,7 +129,7 @@ def test_streams_may_share_a_group():
         for s, (ours, theirs) in enumerate(streams):
             for a, b in zip(ours, theirs):
                 new = random_kv(1 if i and (s, i) != (1, 6) else 3, 2)
-                assert all(map(torch.equal, a.update(*new), b.update(*new)))
+                assert same(a.update(*new), b.update(*new))
 
 
 def test_the_next_stream_takes_over_the_memory():
@@ -156,6 +160,64 @@ def test_caches_die_with_their_stream():
         assert [ref() for ref in refs] == [None] * 4  # at once: no cycles that wait for the collector
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("fails", range(1, 5))
+def test_out_of_memory_loses_nothing(monkeypatch, fails):
+    "With keep=1 the second chunk needs smaller buffers: if one cannot be had, the chunk can be tried again."
+    group, layers, left = CacheGroup("offload"), 4, [10**6]
+    ours, theirs = [group.make(2, keep=1) for _ in range(layers)], [KVCache(2, keep=1) for _ in range(layers)]
+    empty = torch.empty
+
+    def scarce(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("none left")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    failed = 0
+    for i, n in enumerate((3, 1, 1, 1)):
+        for a, b in zip(ours, theirs):
+            new, before = random_kv(n, 2), a.ring.written
+            left[0] = fails if i == 1 and not failed else 10**6
+            try:
+                got = a.update(*new)
+            except torch.OutOfMemoryError:
+                failed, left[0] = failed + 1, 10**6
+                got = a.update(*new) if a.ring.written == before else None  # or it was what comes next that failed
+            expected = b.update(*new)
+            assert got is None or same(got, expected)
+    assert failed == 1
+
+
+def test_a_buffer_that_was_given_up_holds_nothing(monkeypatch):
+    "A larger stream took the memory that held a smaller one's slabs, and got none itself."
+    group, expected = CacheGroup("offload"), KVCache(2)
+    small, other, large = group.make(2), group.make(2), group.make(4)
+    for n in (3, 1):
+        new = random_kv(n, 2)
+        assert same(small.update(*new), expected.update(*new))
+        other.update(*new)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "empty", lambda *shape, dtype, device=None: none_left() if device else
+                      torch.zeros(*shape, dtype=dtype))  # none on the device, as much as wanted on the host
+        large.update(*random_kv(3, 4))
+    new = random_kv(1, 2)
+    assert same(small.update(*new), expected.update(*new))
+
+
+def none_left():
+    raise torch.OutOfMemoryError("none left")
+
+
+def test_settle_waits_for_the_last_copy_to_the_host():
+    cache, waited = OffloadedCache(2), []
+    cache.update(*random_kv(3, 2))
+    cache.ring.settle()  # nothing to wait for: copies on the CPU are made at once
+    cache.ring.saved = type("Event", (), {"synchronize": lambda self: waited.append(self)})()
+    cache.ring.settle()
+    assert waited == [cache.ring.saved]
 
 
 # ---- the order of copies on a GPU, without one: vector clocks
@@ -334,7 +396,7 @@ def test_offloaded_int8_is_resident_int8(keep, mean):
     for i in range(13):
         for ours, theirs in layers:
             new = random_kv(1 if i else 3, 128)
-            assert all(map(torch.equal, ours.update(*new), theirs.update(*new)))
+            assert same(ours.update(*new), theirs.update(*new))
             a, b = ours.quantized(), theirs.quantized()
             assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in QuantizedKV.__dataclass_fields__)
 
@@ -354,6 +416,16 @@ def test_a_slab_is_quantised_once():
 def scores(q, kv):
     "q k' / sqrt(d) from the INT8 numbers alone, without what smoothing took"
     return q @ dequantize_blocks(kv.k, kv.k_scale).mT / q.shape[-1]**0.5
+
+
+def test_scales_of_twice_the_block():
+    "For kernels that take 128 keys at once: half as many scales, the same bound."
+    new = random_kv(3, 128, dtype=torch.bfloat16)
+    kv = CacheGroup("int8", block=128, mean="first").make(128).write(*new)
+    assert kv.k_scale.shape == (1, 2, 3) and (kv.k_mean == kv.k_mean[:, :, :1]).all()
+    for ours, theirs in zip((kv.k, kv.k_scale), quantize_blocks(new[0] - kv.k_mean[:, :, :1], 128)):
+        assert torch.equal(ours, theirs)
+    assert ((kv.dequantize()[0] - new[0]).abs() <= 0.501 * kv.k_scale.repeat_interleave(128, 2)[..., None] + 1e-5).all()
 
 
 @pytest.mark.parametrize("mean", ["slab", "first"])
@@ -377,7 +449,7 @@ def test_heads_in_portions_are_heads_at_once(monkeypatch):
     monkeypatch.setattr(small_caches, "_few_heads", lambda x: [slice(0, 2), slice(2, 4), slice(4, 5)])
     parts = QuantizedCache(128).write(*new)
     assert all(torch.equal(getattr(whole, f), getattr(parts, f)) for f in QuantizedKV.__dataclass_fields__)
-    assert all(map(torch.equal, parts.dequantize(), whole.dequantize()))
+    assert same(parts.dequantize(), whole.dequantize())
 
 
 @given(heads=st.integers(1, 13), tokens=st.integers(1, 5), budget=st.integers(1, 40))
@@ -494,6 +566,9 @@ def test_errors():
         QuantizedCache(192)
     with pytest.raises(ValueError, match="mean='chunk' must be 'slab' or 'first'"):
         QuantizedCache(128, mean="chunk")
+    for wrong in (lambda: QuantizedCache(128, block=32), lambda: CacheGroup("int8", block=32)):
+        with pytest.raises(ValueError, match="block=32 tokens must be 64 or 128"):
+            wrong()
     for call in (lambda: CacheGroup("disk"), lambda: cache_bytes(ModelConfig.nano(), 128, 128, kind="disk")):
         with pytest.raises(ValueError, match="kind='disk' must be one of: resident, offload, int8, int8-offload"):
             call()
