@@ -21,6 +21,7 @@ from .files import Clip, Upscaled, output_size, peak_memory, write_clip
 from .kv_cache import chunk
 from .scenes import split_scenes
 from .streaming import Stream, noise_at, prepare_lq
+from .tiling import make_stream
 from .weights import _modules, build, load_weights
 
 # %% ../nbs/11_pipeline.ipynb #fdf2a2da
@@ -95,16 +96,15 @@ def _keep_freed_memory():
 
 # %% ../nbs/11_pipeline.ipynb #b8c92380
 @torch.inference_mode()
-def _enlarge(model, stream, frames, size=None):
+def _enlarge(stream, frames, size=None):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W), or of the `size` (height, width), uint8 in RAM."
-    lq, (rows, cols) = prepare_lq(np.stack(frames), resize=model.cfg.resize, device=model.context.device)
-    sr = stream.push(lq)[0, :, :, rows, cols].transpose(0, 1)
+    sr = stream.enlarge(np.stack(frames))
     if size is not None:
         sr = F.interpolate(sr, size, mode="bicubic", antialias=True).clamp_(-1, 1)
     return sr.add_(1).mul_(127.5).round_().byte().cpu().numpy()
 
 
-def _run(model, stream, frames, size=None):
+def _run(stream, frames, size=None):
     "The SR frames of a scene, a chunk at a time."
     given = sent = 0
     while True:
@@ -114,7 +114,7 @@ def _run(model, stream, frames, size=None):
         if ended and sent == given:
             return
         new += last * (want - len(new))  # the last frame stands in for those that miss
-        out = _enlarge(model, stream, new, size)[:given - sent]
+        out = _enlarge(stream, new, size)[:given - sent]
         yield from (np.ascontiguousarray(sr.transpose(1, 2, 0)) for sr in out)
         sent = min(given, chunk(stream.k - 1).frames.stop)
         del new, out
@@ -163,6 +163,10 @@ class FlashVSR(_Model):
         start: int = 0,  # frames of the input to skip
         frames: int | None = None,  # frames to upscale at most; None: to the end
         scene_cut: str = "auto",  # "auto": each scene as if it were a clip of its own, noise included; "off": one clip
+        tile: int | None = None,  # side of tiles, LR px, for frames that do not fit the memory; None: the frame at once
+        overlap: int = 24,  # of tiles, LR px
+        blend: str = "hann",  # of tiles: "hann", "linear", "gaussian" or "average"
+        tiling: str = "ours",  # "ours": tiles that share noise, latents, colours; "paper", "author": for comparison
         fps=None,  # frames per second of the output; None: the input's, else 25
         crf: float = 16,  # quality of a video: 0 best to 51 worst
         overwrite: bool = False,  # an existing output may be replaced
@@ -170,14 +174,16 @@ class FlashVSR(_Model):
     ):  # with an output: Upscaled; else uint8 (F,4H,4W,3) or (4H,4W,3) for an array, an iterator of frames for the rest
         "Four times the size, frame for frame, in memory that does not depend on the number of frames."
         noise_at(range(0), 1, 1, seed=seed)  # refuses a wrong seed now
+        options = dict(tile=tile, overlap=overlap, blend=blend, tiling=tiling, seed=seed, noise=noise,
+                       backend=self.attention)
+        make_stream(self, **options)  # and wrong tiles
         if scene_cut not in ("auto", "off"):
             raise ValueError(f"scene_cut={scene_cut!r}; allowed are 'auto' and 'off'")
         clip, device = Clip(input, start=start, frames=frames), self.context.device
         width, height = output_size(clip.width, clip.height, scale, output)
         size = None if scale == 4 else (height, width)
-        options = dict(seed=seed, noise=noise, backend=self.attention)
         scenes = split_scenes(clip.frames) if scene_cut == "auto" else [clip.frames]
-        sr = chain.from_iterable(_run(self, Stream(self, **options), scene, size) for scene in scenes)
+        sr = chain.from_iterable(_run(make_stream(self, **options), scene, size) for scene in scenes)
         sr = _tell(sr, progress, clip.total, device)
         if output is not None:
             return write_clip(clip, sr, output, size=(width, height), fps=fps, device=device, crf=crf,
