@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_levels', 'to_values', 'LeanStream']
 
-# %% ../nbs/06f_lean_stream.ipynb #bbdd9fd2
+# %% ../nbs/06f_lean_stream.ipynb #2a7bea6f
 import numpy as np
 import torch
 
@@ -15,7 +15,7 @@ from .kv_cache import KVCache, chunk
 from .small_caches import CacheGroup, QuantizedCache, QuantizedKV
 from .streaming import Stream, prepare_lq
 
-# %% ../nbs/06f_lean_stream.ipynb #710c54ed
+# %% ../nbs/06f_lean_stream.ipynb #65ea536f
 def to_levels(
     x: torch.Tensor,  # float, in [-1,1]
 ) -> torch.Tensor:  # uint8, like x
@@ -29,7 +29,7 @@ def to_values(
     "Levels to values, bit for bit those of `prepare_lq`."
     return x.float().mul_(2 / 255).sub_(1) if x.dtype == torch.uint8 else x.float()
 
-# %% ../nbs/06f_lean_stream.ipynb #c1d8aae3
+# %% ../nbs/06f_lean_stream.ipynb #b34db7f3
 def _ring(cache): return cache if isinstance(cache, KVCache) else cache.ring  # what counts the slabs of a cache
 
 
@@ -79,7 +79,7 @@ def _release(group, caches):
     for buffer in group.staging.buffers:
         buffer.__init__()
 
-# %% ../nbs/06f_lean_stream.ipynb #d118a28e
+# %% ../nbs/06f_lean_stream.ipynb #099f6b92
 class LeanStream(Stream):
     "A `Stream` whose frames are in the host's memory, and which can save more memory on the way and lose nothing."
 
