@@ -4,7 +4,6 @@ Every case runs under a cap (`set_per_process_memory_fraction`); what is reporte
 On the CPU (`--cpu`) the same script runs with a tiny model, to try it out.
 """
 import argparse
-import dataclasses
 import gc
 import json
 import os
@@ -23,7 +22,7 @@ from flashvsr_nb.dit import Block, ModelConfig
 from flashvsr_nb.kv_cache import chunk
 from flashvsr_nb.lean_stream import LeanStream, to_levels
 from flashvsr_nb.patching import rope_table
-from flashvsr_nb.pipeline import _Model
+from flashvsr_nb.pipeline import FlashVSR, _Model
 from flashvsr_nb.small_caches import cache_bytes
 from flashvsr_nb.streaming import Stream
 
@@ -190,17 +189,32 @@ def end_to_end(net, height, width, chunks=3):
     return out | dict(dtype=str(dtype).split(".")[1], frames=plain.shape[2], size=list(plain.shape[-2:]))
 
 
+def steady(net, height, width, *, marks=(53, 1005), **options):
+    "Peak memory in MiB after so many frames of one stream: of the process, and reserved on the device."
+    clip, out = levels(33, height, width), {}
+    cuda = torch.cuda.is_available()
+    stream, given = LeanStream(net, **options), 0
+    host_memory(reset=True)
+    while given < max(marks):
+        stream.push(clip[:, :, :25] if stream.k == 0 else clip[:, :, 25:33])
+        given = chunk(stream.k - 1).frames.stop
+        if given in marks:
+            out[f"after_{given}"] = dict(host=host_memory()[1] >> 20, device=torch.cuda.max_memory_reserved() >> 20 if cuda else 0)
+    return out | dict(height=height, width=width, frames=given)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", default="", help="JSON file: list of {name, height, width, cap, int8_weights, ...}")
     parser.add_argument("--checks", default="exact,psnr", help="comma-separated: exact, psnr, none")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU, to try the script")
+    parser.add_argument("--steady", action="store_true", help="only: memory of nano after 53 and after 1,005 frames")
     parser.add_argument("--limit", type=float, default=500, help="seconds after which no further case starts")
     args = parser.parse_args()
     began = time.perf_counter()
     device, dtype = ("cpu", torch.float32) if args.cpu else ("cuda", torch.bfloat16)
-    cfg = TINY if args.cpu else dataclasses.replace(ModelConfig.wan1_3b())
+    cfg = TINY if args.cpu else ModelConfig.wan1_3b()
     result = dict(torch=torch.__version__, device="cpu", allocator=os.environ["PYTORCH_CUDA_ALLOC_CONF"], cases=[])
     torch.set_grad_enabled(False)
     if not args.cpu:
@@ -220,6 +234,10 @@ def main():
             traceback.print_exc()
             return dict(error=f"{type(error).__name__}: {str(error)[:300]}")
 
+    if args.steady:
+        nano = FlashVSR.from_pretrained("nano", device=device)
+        save(steady=dict(model="nano") | steady(nano, 32, 32))
+        return print(json.dumps(result["steady"]))
     if "exact" in args.checks:
         save(exact={str(d).split(".")[1]: attempt(lambda: exactness(cfg, device, d)) for d in (torch.float32, torch.bfloat16)})
         print(json.dumps(result["exact"]), flush=True)
