@@ -48,7 +48,7 @@ def _upscale_one(model, info, output, args):
     with _errors():
         done = model.upscale(info.path, output, scale=args.scale, start=start, frames=frames, seed=args.seed,
                              crf=args.crf, codec=args.codec, pixel_format=args.pixel_format,
-                             overwrite=args.overwrite, scene_cut=args.scene_cut, tile=args.tile,
+                             overwrite=args.overwrite, scene_cut=args.scene_cut, vram=args.vram, tile=args.tile,
                              overlap=args.overlap, blend=args.blend, tiling=args.tiling,
                              progress=json_progress(info.path) if args.lines else not args.quiet)
     if args.lines:
@@ -153,6 +153,17 @@ def _bench(args):
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
+# %% ../nbs/11a_cli.ipynb #plan-cd
+def _plan(args):
+    with _errors():
+        from flashvsr_nb.dit import ModelConfig
+        from flashvsr_nb.memory_planner import plan
+
+        config = ModelConfig.nano() if args.model == "nano" else ModelConfig.wan1_3b()
+        found = plan(args.height, args.width, args.vram, frames=args.frames, config=config, ram_gb=args.ram)
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+    return int(not found.fits)
+
 # %% ../nbs/11a_cli.ipynb #eval-cd
 def _evaluate(args):
     with _errors():
@@ -197,7 +208,9 @@ def _model_options(add):
 
 
 def _tile_options(add):
-    "What `upscale` asks about tiles."
+    "What `upscale` asks about memory and tiles."
+    add("--vram", type=within(float, 2, 1024), metavar="GB", help="memory of the card that may be used; see "
+        "'flashvsr_nb plan' (default: all)")
     add("--tile", type=within(int, 16, 10**5), metavar="N", help="work in tiles of N x N input pixels, where the whole "
         "frame does not fit the memory (default: the whole frame)")
     add("--overlap", type=within(int, 0, 10**5), default=24, metavar="N", help="of tiles, input pixels (default: 24)")
@@ -218,8 +231,17 @@ def _file_options(add, several=False):
     add("--quiet", action="store_true", help="no progress bar, no summary")
 
 # %% ../nbs/11a_cli.ipynb #eval-par
-def _evaluation_commands(command):
-    "`evaluate` and `report`."
+def _more_commands(command):
+    "`plan`, `evaluate` and `report`."
+    add = command("plan", _plan, "Say how frames of a size would be run on a card, and what that needs: a prediction, "
+                  "nothing is loaded.")
+    add("height", type=within(int, 1, 10**5), help="of the input, lines")
+    add("width", type=within(int, 1, 10**5), help="of the input, pixels")
+    add("--vram", type=within(float, 2, 1024), default=10, metavar="GB", help="of the card (default: 10)")
+    add("--ram", type=within(float, 1, 10**5), metavar="GB", help="of the machine that may be used (default: any)")
+    add("--frames", type=within(int, 1, 10**9), help="of the clip (default: many)")
+    add("--model", choices=("official", "nano"), default="official", help="(default: official, 1.4 B parameters)")
+    add("--json", action="store_true", help="for programs")
     add = command("evaluate", _evaluate, "Measure configurations on clips with metrics, as a manifest says; stopped, "
                   "it goes on when called again.")
     add("manifest", metavar="TOML", type=Path, help="clips, configurations, metrics; data/evaluate.toml is an example")
@@ -283,7 +305,7 @@ def _parser():
     add("--frames", type=within(int, 1, 10**6), default=40, help="length of the clip (default: 40)")
     add("--json", type=Path, metavar="FILE", help="write the figures here, too")
     _model_options(add)
-    _evaluation_commands(command)
+    _more_commands(command)
     return parser
 
 # %% ../nbs/11a_cli.ipynb #f755ce1c

@@ -6,8 +6,9 @@
 __all__ = ['pick_device', 'FlashVSR']
 
 # %% ../nbs/11_pipeline.ipynb #70d27ead
-import ctypes, math, re
+import ctypes, math, re, warnings
 from contextlib import suppress
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -16,10 +17,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .attention import backends
+from .decoder import TCDecoder
 from .dit import Conditioning, ModelConfig
 from .files import Clip, Upscaled, output_size, peak_memory, write_clip
 from .kv_cache import chunk
+from .lean_stream import to_levels, to_values
 from .mask_policies import mask_policy
+from .memory_planner import open_stream, plan
 from .scenes import split_scenes
 from .streaming import Stream, noise_at, prepare_lq
 from .tiling import make_stream
@@ -103,8 +107,8 @@ def _enlarge(stream, frames, size=None):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W), or of the `size` (height, width), uint8 in RAM."
     sr = stream.enlarge(np.stack(frames))
     if size is not None:
-        sr = F.interpolate(sr, size, mode="bicubic", antialias=True).clamp_(-1, 1)
-    return sr.add_(1).mul_(127.5).round_().byte().cpu().numpy()
+        sr = F.interpolate(to_values(sr), size, mode="bicubic", antialias=True)
+    return (sr if sr.dtype == torch.uint8 else to_levels(sr)).cpu().numpy()
 
 
 def _run(stream, frames, size=None):
@@ -157,6 +161,21 @@ class _Pretrained(_Model):
             _keep_freed_memory()
         return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention, mask=mask).freeze()
 
+# %% ../nbs/11_pipeline.ipynb #planned-cd
+def _planned(model, clip, vram, options):
+    "What begins the stream of a scene: as the options say; on a GPU, or with `vram`, as the memory planner says."
+    device = model.context.device
+    if not isinstance(model.decoder, TCDecoder) or vram is None and (options["tile"] or device.type != "cuda"):
+        return partial(make_stream, model, **options)
+    vram = math.ceil(torch.cuda.mem_get_info(device)[1] / 2**30) if vram is None else vram
+    chosen = plan(clip.height, clip.width, vram, frames=clip.total, config=model.cfg, overlap=options["overlap"])
+    if not chosen.fits:
+        raise ValueError(f"{clip.width}x{clip.height} does not fit in {vram:g} GiB of video memory: the smallest way, "
+                         f"{chosen.name}, needs {chosen.vram:,} MiB of {chosen.budget:,}; make the input smaller, "
+                         "or use device cpu")
+    rest = {k: v for k, v in options.items() if k in ("seed", "noise", "policy", "backend")}
+    return partial(open_stream, chosen, model, tell=lambda line: warnings.warn(line, stacklevel=2), **rest)
+
 # %% ../nbs/11_pipeline.ipynb #9c84b41e
 class FlashVSR(_Pretrained):
     "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
@@ -174,6 +193,7 @@ class FlashVSR(_Pretrained):
         tile: int | None = None,  # side of tiles, LR px, for frames that do not fit the memory; None: the frame at once
         overlap: int = 24,  # of tiles, LR px
         blend: str = "hann",  # of tiles: "hann", "linear", "gaussian" or "average"
+        vram: float | None = None,  # GiB of a card's memory that may be used; None: the card's; on a CPU only if given
         tiling: str = "ours",  # "ours": tiles that share noise, latents, colours; "paper", "author": for comparison
         fps=None,  # frames per second of the output; None: the input's, else 25
         crf: float = 16,  # quality of a video: 0 best to 51 worst
@@ -187,13 +207,16 @@ class FlashVSR(_Pretrained):
         options = dict(tile=tile, overlap=overlap, blend=blend, tiling=tiling, seed=seed, noise=noise,
                        policy=self.policy, backend=self.attention)
         make_stream(self, **options)  # and wrong tiles
+        if vram is not None and tile is not None:
+            raise ValueError(f"vram={vram}, tile={tile}; give one of them: with vram a plan is made, tiles included")
         if scene_cut not in ("auto", "off"):
             raise ValueError(f"scene_cut={scene_cut!r}; allowed are 'auto' and 'off'")
         clip, device = Clip(input, start=start, frames=frames), self.context.device
         width, height = output_size(clip.width, clip.height, scale, output)
         size = None if scale == 4 else (height, width)
         scenes = split_scenes(clip.frames) if scene_cut == "auto" else [clip.frames]
-        sr = chain.from_iterable(_run(make_stream(self, **options), scene, size) for scene in scenes)
+        begin = _planned(self, clip, vram, options)
+        sr = chain.from_iterable(_run(begin(), scene, size) for scene in scenes)
         sr = _tell(sr, progress, clip.total, device)
         if output is not None:
             return write_clip(clip, sr, output, size=(width, height), fps=fps, device=device, crf=crf, codec=codec,

@@ -121,7 +121,7 @@ def test_upscale_options_reach_the_model(lr, tmp_path, monkeypatch):
                                          mask="dense"))
     assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(
         scale=1.5, start=2, frames=2, seed=7, crf=20.5, codec="hevc", pixel_format="yuv420p10le", overwrite=True,
-        scene_cut="off", tile=64, overlap=8, blend="linear", tiling="paper", progress=False))
+        scene_cut="off", vram=None, tile=64, overlap=8, blend="linear", tiling="paper", progress=False))
 
 
 def test_upscale_with_a_folder_of_official_files(lr, tmp_path, monkeypatch, capsys):
@@ -345,6 +345,19 @@ def test_doctor_reports_missing_weights(monkeypatch, capsys):
         raise FileNotFoundError("nano is missing from this installation")
     monkeypatch.setattr("flashvsr_nb.weights.load_weights", missing)
     assert main(["doctor"]) == 1 and "BROKEN: FileNotFoundError: nano is missing" in capsys.readouterr().out
+
+
+def test_plan(capsys):
+    assert main(["plan", "270", "480", "--vram", "10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["vram"] <= found["budget"] < 10 * 1024 and len(found["others"]) > 5
+    assert main(["plan", "2160", "3840", "--vram", "4"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_attention_bench_needs_cuda(capsys):
+    if not torch.cuda.is_available():
+        assert main(["bench", "attention"]) == 2 and "CUDA" in capsys.readouterr().err
 
 
 def test_bench(tmp_path, capsys):
