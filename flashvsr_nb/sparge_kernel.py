@@ -57,7 +57,7 @@ class PreparedKV:
     v_scale: torch.Tensor | None  # float32 (B,heads,d) of an FP8 v; else None
     tokens: int  # without the padding
 
-# %% ../nbs/09a_sparge_kernel.ipynb #babcc96a
+# %% ../nbs/09a_sparge_kernel.ipynb #1917f959
 def prepare_kv(
     k: torch.Tensor,  # (B,heads,tokens,d), any float dtype
     v: torch.Tensor,  # as k
@@ -66,7 +66,7 @@ def prepare_kv(
     pv: str = "bf16",  # format of the values: bf16, or fp8 (sm_89 or newer)
 ) -> PreparedKV:
     "Smooth and quantise keys and values, once, when they enter a cache (SageAttention, sec. 3.1)."
-    _check_choices(k, pv=pv)
+    _check_choices(k, v, pv=pv)
     if k.shape != v.shape:
         raise ValueError(f"sparge: k and v must be alike, k is {tuple(k.shape)}, v {tuple(v.shape)}")
     if mean is not None and mean.shape != (*k.shape[:2], 1, k.shape[3]):
@@ -92,8 +92,10 @@ def _quantize_keys(k, mean):
     _write_keys[(blocks, b * h)](k, mean.contiguous(), k8, scale, h, tokens, *k.stride()[:3], D=d)
     return k8, scale
 
-# %% ../nbs/09a_sparge_kernel.ipynb #26a77b1c
-def _check_choices(q, *, pv="bf16", block_size=(128, 128), scale=None):
+# %% ../nbs/09a_sparge_kernel.ipynb #8b708626
+def _check_choices(q, *more, pv="bf16", block_size=(128, 128), scale=None):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, *more)):
+        raise ValueError("sparge: has no gradients; call it under torch.no_grad(), or train with backend sdpa")
     if q.shape[-1] not in (64, 128):
         raise ValueError(f"sparge: heads of width d = {q.shape[-1]}; it takes 64 or 128, else use sdpa")
     if pv not in ("bf16", "fp8"):

@@ -193,6 +193,8 @@ def test_the_registry_knows_it():
     (lambda q, k, v: sparge_attention(q, k, v, block_mask=torch.ones(1, 1, 1, 2)), "torch.float32"),
     (lambda q, k, v: sparge_attention_prepared(q.repeat(1, 2, 1, 1), prepare_kv(k, v)), "alike"),
     (lambda q, k, v: prepare_kv(k, v[:, :, :-1]), "k and v"),
+    (lambda q, k, v: sparge_attention(q.requires_grad_(), k, v), "no gradients"),
+    (lambda q, k, v: sparge_attention(q, k, v.requires_grad_()), "no gradients"),
     (lambda q, k, v: prepare_kv(k, v, mean=torch.zeros(1, 2, 1, 64)), "mean"),
 ])
 def test_what_does_not_fit_is_refused(change, said):
