@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/11a_cli.ipynb #f8ccee7d
+# %% ../nbs/11a_cli.ipynb #d44a8fc4
 import argparse, json, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise _Stop(2, f"{message}; see {self.prog} --help")
 
-# %% ../nbs/11a_cli.ipynb #d017cae1
+# %% ../nbs/11a_cli.ipynb #5dc372f0
 def _upscale_one(model, info, output, args):
     "One input to one output, and what to say of it."
     start, frames = (in_frames(at, info.fps) for at in (args.start, args.frames))
@@ -104,7 +104,7 @@ def _degrade(args):
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height}, preset {args.preset}, "
               f"seed {args.seed}")
 
-# %% ../nbs/11a_cli.ipynb #4001bdf1
+# %% ../nbs/11a_cli.ipynb #da6607a6
 def _doctor(args):
     from flashvsr_nb.machine import doctor
 
@@ -125,16 +125,53 @@ def _check_report(path):
         raise FileNotFoundError(f"{path}: the folder {path.absolute().parent} does not exist")
 
 
+def _bench_attention():
+    "The table of all attention kernels, on CUDA only."
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("bench attention: needs a CUDA device, and torch finds none here; see 'flashvsr_nb doctor'")
+    from flashvsr_nb.performance import attention_table, table_text
+
+    result = attention_table(report=lambda row: print(f"{row['name']} at density {row['density']:.2f}: "
+                                                      f"{row['ms']:.2f} ms", file=sys.stderr))
+    print(table_text(result))
+    return result
+
+
 def _bench(args):
     with _errors():
         _check_report(args.json)
-        from flashvsr_nb.machine import bench
+        if args.what == "attention":
+            result = _bench_attention()
+        else:
+            from flashvsr_nb.machine import bench
 
-        result = bench(_load(args), size=args.size, frames=args.frames) | {"weights": args.weights}
-        for name, value in result.items():
-            print(f"{name.replace('_', ' '):<29}{value}")
+            result = bench(_load(args), size=args.size, frames=args.frames) | {"weights": args.weights}
+            for name, value in result.items():
+                print(f"{name.replace('_', ' '):<29}{value}")
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+# %% ../nbs/11a_cli.ipynb #eval-cd
+def _evaluate(args):
+    with _errors():
+        from flashvsr_nb.runner import evaluate
+
+        done = evaluate(args.manifest, args.out, weights=args.weights, workers=args.workers, progress=not args.quiet)
+        _report(args)
+    if done["problems"]:
+        raise _Stop(1, f"{len(done['problems'])} problems: {'; '.join(map(str, done['problems']))}")
+
+
+def _report(args):
+    with _errors():
+        from flashvsr_nb.report import report
+
+        text = report(args.out)
+    if not args.quiet:
+        print(text)
+        print(f"{args.out}: results.json, report.md, report.html and pictures")
 
 # %% ../nbs/11a_cli.ipynb #5f021d56
 def _download(args):
@@ -145,7 +182,7 @@ def _download(args):
                           prompt_url=args.prompt_url)
     print(f"{folder}: complete; use it with --weights {folder if args.folder else args.release}")
 
-# %% ../nbs/11a_cli.ipynb #5b75975d
+# %% ../nbs/11a_cli.ipynb #3a6654c5
 def _model_options(add):
     "What `upscale` and `bench` ask about the model."
     add("--weights", default="nano", metavar="NAME|PATH", help="nano; v1 or v1.1, if downloaded; a file of our "
@@ -180,7 +217,21 @@ def _file_options(add, several=False):
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--quiet", action="store_true", help="no progress bar, no summary")
 
-# %% ../nbs/11a_cli.ipynb #b394dc8f
+# %% ../nbs/11a_cli.ipynb #eval-par
+def _evaluation_commands(command):
+    "`evaluate` and `report`."
+    add = command("evaluate", _evaluate, "Measure configurations on clips with metrics, as a manifest says; stopped, "
+                  "it goes on when called again.")
+    add("manifest", metavar="TOML", type=Path, help="clips, configurations, metrics; data/evaluate.toml is an example")
+    add("--out", type=Path, default=Path("evaluation"), help="folder for the results (default: evaluation)")
+    add("--weights", type=Path, metavar="FOLDER", help="with weights of metrics (default: the usual caches)")
+    add("--workers", type=within(int, 1, 1024), help="clips at a time (default: as many as cores)")
+    add("--quiet", action="store_true", help="no progress bar, no report on stdout")
+    add = command("report", _report, "Write tables and plots of an evaluation again.")
+    add("out", metavar="FOLDER", type=Path, help="what evaluate wrote")
+    add("--quiet", action="store_true", help="no report on stdout")
+
+# %% ../nbs/11a_cli.ipynb #d019a113
 def _parser():
     parser = _Parser(prog="flashvsr_nb", description="Video super-resolution: four times the size, frame for frame.",
                      allow_abbrev=False)
@@ -225,11 +276,14 @@ def _parser():
     add("--unchecked", action="store_true", help="take files whose SHA-256 is not the known one")
     add("--prompt-url", metavar="URL", help="of posi_prompt.pth, if not GitHub's")
     command("doctor", _doctor, "Say which versions, devices, attention back ends and weights are here.")
-    add = command("bench", _bench, "Measure frames per second and memory on this machine.")
+    add = command("bench", _bench, "Measure frames per second and memory on this machine; or, on a GPU, the attention "
+                  "kernels.")
+    add("what", nargs="?", choices=("model", "attention"), default="model", help="(default: model)")
     add("--size", type=frame_size, default=(640, 384), metavar="WxH", help="of the output (default: 640x384)")
     add("--frames", type=within(int, 1, 10**6), default=40, help="length of the clip (default: 40)")
     add("--json", type=Path, metavar="FILE", help="write the figures here, too")
     _model_options(add)
+    _evaluation_commands(command)
     return parser
 
 # %% ../nbs/11a_cli.ipynb #f755ce1c

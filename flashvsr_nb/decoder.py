@@ -159,16 +159,17 @@ class Window:
 def windows(
     h: int,  # of the frame, latent cells
     w: int,  # of the frame, latent cells
-    tile: int,  # largest side of a tile, latent cells, without the halo
+    tile,  # largest tile without its halo, latent cells: one number or (rows, columns); None: the whole frame
 ):  # list of Window, spread evenly
     "The tiles that cover a frame, each pixel in one of them."
-    if tile < 1:
-        raise ValueError(f"windows: tile={tile} cells; a tile needs at least 1")
-    def spans(n):
-        count = -(-n // tile)
+    sides = (h, w) if tile is None else tile if isinstance(tile, tuple) else (tile, tile)
+    if min(sides) < 1:
+        raise ValueError(f"windows: tile={tile} cells; a tile needs at least 1 each way")
+    def spans(n, side):
+        count = -(-n // side)
         edges = [n * i // count for i in range(count + 1)]
         return list(zip(edges, edges[1:]))
-    return [Window(rows, cols, (h, w)) for rows in spans(h) for cols in spans(w)]
+    return [Window(rows, cols, (h, w)) for rows in spans(h, sides[0]) for cols in spans(w, sides[1])]
 
 # %% ../nbs/06_decoder.ipynb #8332b17c
 class TCDecoder(nn.Module):
@@ -185,7 +186,7 @@ class TCDecoder(nn.Module):
         super().__init__()
         self.residual = residual
         self.tail_steps = 1  # steps at H/2 that go through the tail together: more speed or less memory
-        self.tile = None  # largest side of a frame decoded whole, latent cells; None: any
+        self.tile = None  # for `windows`: larger frames are decoded in tiles
         self.store = None  # device that keeps the state between calls; None: where it was made
         self.decoder = _layers(latent_channels + 768, *channels)
         _, c1, c2, c3 = channels
@@ -202,25 +203,26 @@ class TCDecoder(nn.Module):
         "Decode the next T latents, every step of the chunk in one batch, a large frame in tiles of `tile` cells."
         _check_shapes(latents, lq, state)
         h, w = latents.shape[-2:]
-        if max(h, w) <= (self.tile or max(h, w)):
-            y, new = self._decode(latents, lq, state, Window((0, h), (0, w), (h, w)))
+        tiles = windows(h, w, self.tile)
+        if len(tiles) == 1:
+            y, new = self._decode(latents, lq, state, tiles[0])
             return y, [s.to(self.store or s.device) for s in new]
-        frames, new = torch.empty_like(lq), None
-        for window in windows(h, w, self.tile):
-            home = [window.home(k) for k in (1, 2, 4)]
+        frames, new = torch.empty_like(lq), []
+        for window in tiles:
             y, parts = self._decode(latents[(..., *window.outer())], lq[(..., *window.outer(8))], state, window)
             frames[(..., *window.home(8))] = y
-            new = new or [self._whole(s, k, h, w) for s, k in zip(parts, (1, 1, 1, 2, 2, 2, 4, 4, 4))]
-            for i, part in enumerate(parts):
-                new[i][(..., *home[i // 3])].copy_(part)
+            for i, k in enumerate((1, 1, 1, 2, 2, 2, 4, 4, 4)):
+                if len(new) == i:
+                    new.append(self._whole(parts[0], k, h, w))
+                new[i][(..., *window.home(k))].copy_(parts.pop(0))
+            del y, parts  # not while the next tile is decoded
         return frames, new
 
     def _whole(self, part, k, h, w):
-        "Room for the state of one MemBlock, k cells of it to one of the latents."
+        "Room for the state of one MemBlock, k cells of it to one of the latents; rows of all columns are one piece."
         where = torch.device(self.store or part.device)
-        room = torch.empty(*part.shape[:2], k * h, k * w, dtype=part.dtype, device=where,
-                           pin_memory=where.type == "cpu" and part.is_cuda)
-        return room
+        return torch.empty((*part.shape[:2], k * h, k * w), dtype=part.dtype, device=where,
+                           pin_memory=where.type == "cpu" and part.is_cuda, memory_format=torch.channels_last)
 
     def _decode(self, latents, lq, state, window):
         "The frames of a window, and its part of the new state; latents and LQ have its halo, `state` is of the frame."

@@ -39,7 +39,13 @@ def _load(q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, k_free, v_full,
         else:
             _fetch(v_desc, [k_row + first, 0], v_full.index(slot), v_s.index(slot))
 
-# %% ../nbs/09b_hopper_kernel.ipynb #61312e6d
+# %% ../nbs/09b_hopper_kernel.ipynb #08139048
+@gluon.constexpr_function
+def _mma_layout(columns, depth):
+    "How the 128 threads of a warp group hold the 64×`columns` result of a product in steps of `depth`."
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, depth])
+
+
 @gluon.jit
 def _softmax_step(s, scale, top, total, FP8: gl.constexpr):
     "Weights of one tile from its INT32 products, and what the running maximum, sum and factor become."
@@ -72,16 +78,10 @@ def _values(v, FP8: gl.constexpr):
     else:
         return v
 
-# %% ../nbs/09b_hopper_kernel.ipynb #0d242016
-@gluon.constexpr_function
-def _mma_layout(columns, depth):
-    "How the 128 threads of a warp group hold the 64×`columns` result of a product in steps of `depth`."
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, depth])
-
-
+# %% ../nbs/09b_hopper_kernel.ipynb #0cd6215f
 @gluon.jit
-def _attend_half(half: gl.constexpr, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, QS, scales, n, count, VS, OUT,
-                 row, tokens, head):
+def _attend_half(half: gl.constexpr, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, QS, scales, n, count, VS,
+                 OUT, row, tokens, head):
     "One warp group: 64 query rows against every tile."
     M: gl.constexpr = q_s.shape[1]
     RING: gl.constexpr = k_s.shape[0]

@@ -33,7 +33,7 @@ def in_frames(
     "A moment as a number of frames; of a time above 0 at least one."
     return max(round(at * fps), int(at > 0)) if isinstance(at, Fraction) else at
 
-# %% ../nbs/10c_options.ipynb #readers-ex
+# %% ../nbs/10c_options.ipynb #480edd0a
 def within(
     kind,  # int or float
     low,  # smallest value allowed

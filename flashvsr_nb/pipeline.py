@@ -184,14 +184,14 @@ class FlashVSR(_Pretrained):
     ):  # with an output: Upscaled; else uint8 (F,4H,4W,3) or (4H,4W,3) for an array, an iterator of frames for the rest
         "Four times the size, frame for frame, in memory that does not depend on the number of frames."
         noise_at(range(0), 1, 1, seed=seed)  # refuses a wrong seed now
+        options = dict(tile=tile, overlap=overlap, blend=blend, tiling=tiling, seed=seed, noise=noise,
+                       policy=self.policy, backend=self.attention)
+        make_stream(self, **options)  # and wrong tiles
         if scene_cut not in ("auto", "off"):
             raise ValueError(f"scene_cut={scene_cut!r}; allowed are 'auto' and 'off'")
         clip, device = Clip(input, start=start, frames=frames), self.context.device
         width, height = output_size(clip.width, clip.height, scale, output)
         size = None if scale == 4 else (height, width)
-        options = dict(tile=tile, overlap=overlap, blend=blend, tiling=tiling, seed=seed, noise=noise,
-                       policy=self.policy, backend=self.attention)
-        make_stream(self, **options)  # refuses wrong ones now
         scenes = split_scenes(clip.frames) if scene_cut == "auto" else [clip.frames]
         sr = chain.from_iterable(_run(make_stream(self, **options), scene, size) for scene in scenes)
         sr = _tell(sr, progress, clip.total, device)

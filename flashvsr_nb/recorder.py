@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LayerRecord', 'slab_frames', 'Recording', 'capture']
 
-# %% ../nbs/11b_recorder.ipynb #e8f3030a
+# %% ../nbs/11b_recorder.ipynb #a6b781f8
+import copy
 import time
 import weakref
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
+
+from .attention import LCSA, pool_blocks
+from .sparge_attention import block_similarity
 
 # %% ../nbs/11b_recorder.ipynb #fe9867e6
 @dataclass(frozen=True)
@@ -61,12 +65,7 @@ class LayerRecord:
         "Memory of its arrays"
         return sum(v.nbytes for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray))
 
-# %% ../nbs/11b_recorder.ipynb #6c09a448
-def _alike(x, block): # (heads, tokens, d) -> (heads, blocks): the mean cosine of a block's tokens
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    return unit.unflatten(1, (-1, block)).mean(2).square().sum(-1)
-
-
+# %% ../nbs/11b_recorder.ipynb #b4c439df
 def _mass(q, k, block_size, queries):
     "Share of dense attention in each key block, from `queries` tokens of each query block, one head at a time"
     (bq, bk), d = block_size, q.shape[-1]
@@ -76,19 +75,24 @@ def _mass(q, k, block_size, queries):
     return torch.stack([h.unflatten(0, (-1, queries)).mean(1) for h in heads])
 
 
-@torch.no_grad()
-def _layer_record(q, k, mask, block_size, *, queries, tokens, **place):
-    "One layer's record, on the CPU; of a batch the first"
-    q, k, (bq, bk) = q[0].detach(), k[0].detach(), block_size
-    mass = _mass(q, k, block_size, min(queries, bq))
+def _of_queries(q, k, block_size, queries): # what is kept of a piece of the queries; of a batch the first
+    mean, alike = pool_blocks(q[:1].float(), block_size[0])[0], block_similarity(q[:1], block_size[0])[0]
+    return mean, alike, _mass(q[0], k[0], block_size, min(queries, block_size[0]))
+
+
+def _of_keys(k, block_size, tokens, newest): # `newest`: first token of the newest slab
+    k = k[:1].float()
+    alike = block_similarity(k - k.mean(2, keepdim=True), block_size[1])
+    return dict(k_mean=pool_blocks(k, block_size[1])[0], k_alike=alike[0], keys=k[0, :, newest:newest + tokens].half())
+
+
+def _layer_record(pieces, keys, mask, **place):
+    "One layer's record, on the CPU, from what `_of_queries` gave for its pieces and `_of_keys` for its keys"
+    q_mean, q_alike, mass = (torch.cat(parts, 1) for parts in zip(*pieces))
     mask = torch.ones_like(mass, dtype=torch.bool) if mask is None else mask[0]
-    newest = int(np.argmax(place["k_slabs"])) * place["grid"][0] * place["grid"][1] * bq # its first token
-    mean = lambda x, n: x.float().unflatten(1, (-1, n)).mean(2)
-    data = dict(q_mean=mean(q, bq), k_mean=mean(k, bk), q_alike=_alike(q, bq),
-                k_alike=_alike(k - k.mean(1, keepdim=True), bk), mass=mass.half(),
-                keys=k[:, newest:newest + tokens].half())
-    return LayerRecord(**place, block_size=tuple(block_size), bits=np.packbits(mask.cpu().numpy()),
-                       **{name: t.cpu().numpy().copy() for name, t in data.items()})
+    data = dict(keys, q_mean=q_mean, q_alike=q_alike, mass=mass.half())
+    return LayerRecord(**place, bits=np.packbits(mask.cpu().numpy()),
+                       **{name: t.detach().cpu().numpy().copy() for name, t in data.items()})
 
 # %% ../nbs/11b_recorder.ipynb #705c8743
 def slab_frames(
@@ -98,12 +102,13 @@ def slab_frames(
     if slab < 0: raise ValueError(f"slab_frames: slab={slab} must be 0 or more")
     return range(max(0, 8 * slab - 3), 8 * slab + 5)
 
-# %% ../nbs/11b_recorder.ipynb #37f36623
+# %% ../nbs/11b_recorder.ipynb #8bff7afa
 @dataclass
 class Recording:
     "What `capture` wrote down"
     layers: list = field(default_factory=list) # LayerRecord of every layer of every call that was kept
-    seconds: list = field(default_factory=list) # per call: {part: s}; parts: projector, dit, decoder, (layer, module)
+    seconds: list = field(default_factory=list) # per call: {part: s}; parts: projector, dit, decoder, recorder, and
+    #                                            (i, "layer"), (i, "cross_attn"), (i, "ffn") of each layer i
     calls: int = 0 # of the DiT, seen in all
     dropped: int = 0 # layers that no longer fitted into `limit`
 
@@ -146,10 +151,10 @@ class Recording:
             return cls([LayerRecord(**{f.name: plain(file[f"{i}.{f.name}"]) for f in fields(LayerRecord)})
                         for i in range(count)])
 
-# %% ../nbs/11b_recorder.ipynb #679bc822
+# %% ../nbs/11b_recorder.ipynb #13a28a2e
 class _Clock:
     "Seconds of a call's parts; on CUDA by events, so that nothing waits"
-    def __init__(self): self.spans, self.open = [], {}
+    def __init__(self): self.spans, self.inside = [], {} # inside: {part: the parts that its time is taken off}
 
     @staticmethod
     def now(like): # a point in time on the device of the tensor `like`
@@ -165,78 +170,126 @@ class _Clock:
         if self.spans and not isinstance(self.spans[-1][3], float): torch.cuda.synchronize()
         out = {}
         for call, part, start, end in self.spans:
-            parts = out.setdefault(call, {})
-            spent = {part: took(start, end)}
-            if part[0] == "recorder": # in `part[1]`, a layer
-                s = spent.pop(part)
-                spent = {"recorder": s, "dit": -s, (part[1], "self_attn"): -s}
-            for name, s in spent.items(): parts[name] = parts.get(name, 0.) + s
+            parts, s = out.setdefault(call, {}), took(start, end)
+            name = "recorder" if part[0] == "recorder" else part
+            for other, sign in ((name, 1), *((p, -1) for p in self.inside.get(part, ()))):
+                parts[other] = parts.get(other, 0.) + sign * s
         return out
 
-# %% ../nbs/11b_recorder.ipynb #be04ca46
-class _Hooks:
-    "The hooks of one `capture`, and what they know of the call under way"
-    def __init__(self, rec, wanted, layers, limit, **options):
-        self.rec, self.wanted, self.layers, self.limit, self.options = rec, wanted, layers, limit, options
-        self.clock, self.streams, self.handles, self.used = _Clock(), [], [], 0
-        self.place, self.active = {}, 0 in wanted
+# %% ../nbs/11b_recorder.ipynb #9d52fcc1
+def _spied(policy, heard):
+    "A mask policy of the same kind that lets `heard` look at what it is asked and what it answers"
+    def ask(self, q, k, *, grid, **more):
+        mask = policy(q, k, grid=grid, **more)
+        heard(q, k, grid, policy.block_size)
+        return mask
+
+    if isinstance(policy, LCSA): # the lean way through a block asks for its class
+        spy = copy.copy(policy)
+        object.__setattr__(spy, "__class__", type(type(policy).__name__, (type(policy),), {"__call__": ask}))
+        return spy
+    return type("Spy", (), {"__call__": ask, "__getattr__": lambda self, name: getattr(policy, name)})()
+
+
+class _Streams:
+    "Which stream a call belongs to: known by its first cache; without caches, by its beginning"
+    def __init__(self): self.known = []
+
+    def number(self, caches, f0):
+        at = [i for i, ref in enumerate(self.known) if caches and ref() is caches[0]]
+        if at or (not caches and f0 and self.known): return at[0] if at else len(self.known) - 1
+        self.known.append(weakref.ref(caches[0]) if caches else lambda: None)
+        return len(self.known) - 1
+
+# %% ../nbs/11b_recorder.ipynb #149d95db
+class _Times:
+    "Hooks that time modules and layers while `active`"
+    def __init__(self, rec):
+        self.rec, self.clock, self.handles = rec, _Clock(), []
+        self.active, self.within, self.opened, self.place = False, False, None, {}
 
     def time(self, module, part):
         "Time every call of a module"
         start = []
         def before(m, args): start[:] = [self.clock.now(args[0])] if self.active else []
         def after(m, args, out):
-            if start: self.clock.end(self.rec.calls - (part != "projector"), part, start.pop(), self.clock.now(args[0]))
+            if not start: return
+            call = self.rec.calls - (self.within or part != "projector") # the projector works for the call to come
+            if self.within and part == "projector": self.clock.inside[part] = ("dit",)
+            self.clock.end(call, part, start.pop(), self.clock.now(args[0]))
         self.handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
-    def dit(self, module, args, kwargs):
-        "A new call begins: which stream, which chunk?"
-        call, f0, caches = self.rec.calls, kwargs.get("f0", 0), kwargs.get("caches")
-        self.rec.calls, self.active = call + 1, call in self.wanted
-        place = dict(call=call, stream=self._stream(caches, f0), chunk=max(0, f0 - 4) // 2)
-        if self.active: self.place = place, f0 // 2
-
-    def _stream(self, caches, f0): # known by its first cache; without caches, by its beginning
-        known = [i for i, ref in enumerate(self.streams) if caches and ref() is caches[0]]
-        if known or (not caches and f0 and self.streams): return known[0] if known else len(self.streams) - 1
-        self.streams.append(weakref.ref(caches[0]) if caches else lambda: None)
-        return len(self.streams) - 1
-
-    def attention(self, layer):
-        "Wrap the mask policy of one self-attention"
-        def before(module, args, kwargs):
-            if self.active and layer in self.layers:
-                return args, kwargs | {"policy": _Spy(self, layer, kwargs["policy"], kwargs.get("cache"))}
+    def layer_begins(self, i):
+        "Layer `i` lasts from its first query or key to those of the next"
+        def before(m, args):
+            if self.active and (self.opened or [None])[0] != i: self.close(args[0], i)
         return before
 
-    def keep(self, q, k, mask, grid, block_size, *, layer, cache):
-        "Add a record, if there is room"
-        start, (place, first), slab = self.clock.now(q), self.place, grid[0] * grid[1] * block_size[0]
-        q_slabs = range(first, first + q.shape[2] // slab)
-        k_slabs = getattr(cache, "order", None) or range(q_slabs.stop - k.shape[2] // slab, q_slabs.stop)
-        record = _layer_record(q, k, mask, block_size, layer=layer, grid=tuple(grid), q_slabs=tuple(q_slabs),
-                               k_slabs=tuple(k_slabs), **place, **self.options)
-        if self.used + record.nbytes > self.limit:
-            self.rec.dropped += 1
-        else:
-            self.rec.layers.append(record)
-            self.used += record.nbytes
-        self.clock.end(place["call"], ("recorder", layer), start, self.clock.now(q))
+    def close(self, x, following=None):
+        "The open layer ends here"
+        now = self.clock.now(x)
+        if self.opened: self.clock.end(self.place["call"], (self.opened[0], "layer"), self.opened[1], now)
+        self.opened = None if following is None else (following, now)
 
-# %% ../nbs/11b_recorder.ipynb #8b1ddbd6
-class _Spy:
-    "A mask policy that lets the recorder look"
-    def __init__(self, hooks, layer, policy, cache):
-        self.hooks, self.layer, self.policy, self.cache = hooks, layer, policy, cache
+# %% ../nbs/11b_recorder.ipynb #8238bed5
+class _Hooks(_Times):
+    "The hooks of one `capture`, and what they know of the call under way"
+    def __init__(self, rec, wanted, layers, limit, queries, tokens):
+        super().__init__(rec)
+        self.wanted, self.layers, self.limit, self.queries, self.tokens = wanted, layers, limit, queries, tokens
+        self.streams, self.used, self.active = _Streams(), 0, 0 in wanted
 
-    def __getattr__(self, name): return getattr(self.policy, name) # block_size and whatever else it has
+    def begin(self, module, args, kwargs):
+        "A new call of the DiT: which stream, which chunk?"
+        call, f0, self.caches = self.rec.calls, kwargs.get("f0", 0), kwargs.get("caches")
+        self.rec.calls, self.active, self.within, self.opened = call + 1, call in self.wanted, True, None
+        stream = self.streams.number(self.caches, f0)
+        if not self.active: return
+        self.slabs = range(f0 // 2, (f0 + args[0].shape[2]) // 2)
+        self.place = dict(call=call, stream=stream, chunk=max(0, f0 - 4) // 2, q_slabs=tuple(self.slabs))
+        self.layer, self.pieces = 0, []
+        told = kwargs.get("record") or (lambda mask: None)
+        def record(mask): self.layer_ends(mask), told(mask)
+        return args, kwargs | {"policy": _spied(kwargs.get("policy") or module.cfg.lcsa, self.heard), "record": record}
 
-    def __call__(self, q, k, *, grid, **more):
-        mask = self.policy(q, k, grid=grid, **more)
-        self.hooks.keep(q, k, mask, grid, self.policy.block_size, layer=self.layer, cache=self.cache)
-        return mask
+    def end(self, module, args, out):
+        "The call is over"
+        if self.active and self.opened: self.close(args[0])
+        self.within = False
 
-# %% ../nbs/11b_recorder.ipynb #2cf36f30
+    def heard(self, q, k, grid, block_size):
+        "The policy was asked about a piece of the queries, and all keys"
+        if self.layer not in self.layers: return
+        start, slab = self.clock.now(q), grid[0] * grid[1] * block_size[0]
+        with torch.no_grad():
+            if not self.pieces:
+                order = getattr(self.caches[self.layer] if self.caches else None, "order", None)
+                order = order or [*range(self.slabs.stop - k.shape[2] // slab, self.slabs.stop)]
+                self.keys = _of_keys(k, block_size, self.tokens, order.index(max(order)) * slab)
+                self.shape = dict(grid=tuple(grid), block_size=tuple(block_size), k_slabs=tuple(order))
+            self.pieces.append(_of_queries(q, k, block_size, self.queries))
+        self.took(start, q)
+
+    def layer_ends(self, mask):
+        "All pieces of a layer were asked for; keep its record, if there is room"
+        if self.pieces:
+            x = self.pieces[0][0]
+            start, place = self.clock.now(x), dict(layer=self.layer, **self.place, **self.shape)
+            record = _layer_record(self.pieces, self.keys, mask, **place)
+            fits = self.used + record.nbytes <= self.limit
+            self.used += record.nbytes * fits
+            self.rec.layers += [record] * fits
+            self.rec.dropped += not fits
+            self.took(start, x)
+        self.layer, self.pieces = self.layer + 1, []
+
+    def took(self, start, x):
+        "Time that is the recorder's own"
+        part = "recorder", self.layer
+        self.clock.inside[part] = "dit", (self.layer, "layer")
+        self.clock.end(self.place["call"], part, start, self.clock.now(x))
+
+# %% ../nbs/11b_recorder.ipynb #57e78eeb
 @contextmanager
 def capture(
     model, # FlashVSR, or a DiT alone
@@ -258,15 +311,17 @@ def capture(
     for name, value in dict(queries=queries, tokens=tokens).items():
         if value < 1: raise ValueError(f"capture: {name}={value} must be at least 1")
     rec = Recording()
-    hooks = _Hooks(rec, wanted, layers, limit, queries=queries, tokens=tokens)
+    hooks = _Hooks(rec, wanted, layers, limit, queries, tokens)
     try:
-        hooks.handles.append(dit.register_forward_pre_hook(hooks.dit, with_kwargs=True))
+        hooks.handles.append(dit.register_forward_pre_hook(hooks.begin, with_kwargs=True))
         for part, module in (("projector", getattr(model, "projector", None)), ("dit", dit),
                              ("decoder", getattr(model, "decoder", None))):
             if module is not None: hooks.time(module, part)
         for i, block in enumerate(dit.blocks):
-            hooks.handles.append(block.self_attn.register_forward_pre_hook(hooks.attention(i), with_kwargs=True))
-            for part in ("self_attn", "cross_attn", "ffn"): hooks.time(getattr(block, part), (i, part))
+            begins, attn = hooks.layer_begins(i), block.self_attn
+            hooks.handles += [m.register_forward_pre_hook(begins) for m in (attn.q, attn.k)]
+            for part in ("cross_attn", "ffn"): hooks.time(getattr(block, part), (i, part))
+        hooks.handles.append(dit.register_forward_hook(hooks.end))
         yield rec
     finally:
         for handle in hooks.handles: handle.remove()

@@ -49,13 +49,17 @@ def block_mass(
             for part in q.split(block_size[0], 2)]
     return torch.stack(rows, 2)
 
-# %% ../nbs/09_sparge_attention.ipynb #903dcdce
+# %% ../nbs/09_sparge_attention.ipynb #b3964239
 def block_similarity(
     x: torch.Tensor,  # (B,heads,tokens,d), whole blocks
     block: int,  # tokens per block
+    *,
+    mean: torch.Tensor | float = 0.0,  # (B,heads,1,d) to subtract first: μ for keys
 ) -> torch.Tensor:  # (B,heads,blocks) float32, 0 … 1
     "Mean cosine of all pairs of tokens of a block, itself included: the squared length of the mean unit vector."
-    return pool_blocks(F.normalize(x.float(), dim=-1), block).square().sum(-1)
+    parts = x.split(64 * block, 2)  # a few blocks at a time: copies stay small beside a cache of keys
+    means = [pool_blocks(F.normalize(part.float() - mean, dim=-1), block) for part in parts]
+    return torch.cat(means, 2).square().sum(-1)
 
 # %% ../nbs/09_sparge_attention.ipynb #a668c51e
 def select_mass(
@@ -81,7 +85,7 @@ def select_mass(
     keep[..., 0] = True
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
-# %% ../nbs/09_sparge_attention.ipynb #9ee0747f
+# %% ../nbs/09_sparge_attention.ipynb #196ba596
 def sparge_mask(
     q: torch.Tensor,  # (B,heads,query tokens,d), after RoPE, whole blocks
     k: torch.Tensor,  # (B,heads,key tokens,d), whole blocks
@@ -106,7 +110,7 @@ def sparge_mask(
     chosen = torch.ones_like(score, dtype=torch.bool) if within is None else within
     open_, forced = chosen, torch.zeros_like(chosen)
     if (theta >= 0).any():
-        lone_q, lone_k = block_similarity(q, bq) <= theta, block_similarity(k - mean, bk) <= theta
+        lone_q, lone_k = block_similarity(q, bq) <= theta, block_similarity(k, bk, mean=mean) <= theta
         open_, forced = open_ & ~lone_k[:, :, None], lone_q[..., None] | lone_k[:, :, None]
     p = score.masked_fill(~open_, -math.inf).softmax(-1).nan_to_num(0)  # NaN: nothing left to choose from
     kept = select_mass(p, cdf=cdf, topk=topk, among=chosen.sum(-1, keepdim=True))

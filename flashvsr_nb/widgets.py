@@ -169,16 +169,16 @@ class CompareVideo(_PairViewer):
         left, right = self.names
         return f"Frame {self.frame} of {self.frames}: {left} on the left of the line, {right} on the right"
 
-# %% ../nbs/12_widgets.ipynb #cb759295
+# %% ../nbs/12_widgets.ipynb #eda3244b
 def step_profile(
     frames: np.ndarray,  # (F,H,W,3) uint8
     *,
     axis: str = "x",  # "x": from column to column, "y": from row to row
-    kind: str = "tint",  # "tint": signed steps, averaged along the border, then absolute; "texture": absolute steps
+    kind: str = "tint",  # "tint": signed steps, averaged along the border, then absolute; "step": absolute at once
 ) -> np.ndarray:  # (F,n) float32, grey levels, n columns or rows; the step from i-1 to i stands at i, 0 at the start
     "Mean step from each column (or row) to the next."
-    if axis not in ("x", "y") or kind not in ("tint", "texture"):
-        raise ValueError(f"step_profile: axis={axis!r}, kind={kind!r}; allowed are 'x', 'y' and 'tint', 'texture'")
+    if axis not in ("x", "y") or kind not in ("tint", "step"):
+        raise ValueError(f"step_profile: axis={axis!r}, kind={kind!r}; allowed are 'x', 'y' and 'tint', 'step'")
     along = 1 if axis == "x" else 0
     steps = (np.diff(f.astype(np.float32), axis=along) for f in frames)
     absolute = (np.abs(s.mean(1 - along)).mean(-1) if kind == "tint" else np.abs(s).mean((1 - along, 2)) for s in steps)
@@ -243,7 +243,7 @@ def _yellow(frame, heat):
     heat = np.asarray(Image.fromarray(heat).resize((frame.shape[1], frame.shape[0])), float)[..., None] / 255
     return (frame * (1 - heat) + np.array([253, 231, 37]) * heat).astype(np.uint8)
 
-# %% ../nbs/12_widgets.ipynb #74eba0db
+# %% ../nbs/12_widgets.ipynb #46c0de6a
 class SeamViewer(_PairViewer):
     "Two results under one split, with a heat map of straight steps and the profile across a chosen border."
 
@@ -254,7 +254,7 @@ class SeamViewer(_PairViewer):
     seam, heat = tr.Int(0).tag(sync=True), tr.Float(0.6, min=0, max=1).tag(sync=True)
     reach = tr.Int(32, min=8, max=96).tag(sync=True)
     over_time = tr.Enum(["frame", "mean"], "frame").tag(sync=True)
-    kind = tr.Enum(["tint", "texture"], "tint").tag(sync=True)
+    kind = tr.Enum(["tint", "step"], "tint").tag(sync=True)
 
     def __init__(
         self,
@@ -280,7 +280,7 @@ class SeamViewer(_PairViewer):
             heat = self._heat[name] = seam_heat(clip)
             packed |= {f"{name}_heat": heat.tobytes(), "heat_size": [heat.shape[2], heat.shape[1]]}
             packed[f"{name}_steps"] = b"".join(
-                step_profile(clip, axis=a, kind=k).tobytes() for k in ("tint", "texture") for a in "xy")
+                step_profile(clip, axis=a, kind=k).tobytes() for k in ("tint", "step") for a in "xy")
         super().__init__(before, after, names=names, fps=fps, width=width, quality=quality, **packed, **state)
 
     @tr.validate("seam")

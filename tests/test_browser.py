@@ -8,6 +8,7 @@ import pytest
 from test_widgets import clip, recording
 
 from flashvsr_nb.dit import ModelConfig
+from flashvsr_nb.tile_explorer import TileExplorer
 from flashvsr_nb.viewers import CacheTimeline, QuantViewer, SparsityViewer
 from flashvsr_nb.widgets import CompareVideo, SeamViewer
 
@@ -113,9 +114,9 @@ def test_seams_light_up_and_the_profile_follows(page):
     assert changed(chart, bp.picture(w, 1)) > 0.003
     bp.move(w, "seam", 1)
     assert json.loads(w.get_attribute("data-ratio"))[0] == 0
-    for name, value in (("kind", "texture"), ("over_time", "mean"), ("zoom", 4), ("frame", 2)):
+    for name, value in (("kind", "step"), ("over_time", "mean"), ("zoom", 4), ("frame", 2)):
         bp.move(w, name, value)
-    assert page.evaluate("model.get('kind') + model.get('over_time') + model.get('frame')") == "texturemean2"
+    assert page.evaluate("model.get('kind') + model.get('over_time') + model.get('frame')") == "stepmean2"
 
 
 def test_a_click_on_the_picture_chooses_the_nearest_seam(page):
@@ -207,6 +208,56 @@ def test_block_size_moves_the_histogram(page):
     assert json.loads(w.get_attribute("data-error")) == pytest.approx([e[4] for e in viewer.data["error"]])
 
 
+def test_tiles_follow_the_sliders(page):
+    viewer = TileExplorer(clip(1, 120, 200)[0], tile=96, overlap=16, snap="4")
+    bp.show(page, viewer)
+    w = root(page)
+    for name, value in (("overlap", 40), ("tile", 64), ("size", 4), ("snap", "32"), ("size", 0)):
+        setattr(viewer, name, value)
+        before = bp.picture(w)
+        bp.move(w, name, value)
+        assert changed(before, bp.picture(w)) > 0.01, name
+        plan, mine = json.loads(w.get_attribute("data-plan")), viewer.layout()
+        assert plan["cols"] == [[s.start, s.stop] for s in mine["cols"]] and plan["redundancy"] == pytest.approx(mine["redundancy"])
+    bar = bp.picture(w, 1)
+    bp.move(w, "vram", 4)
+    assert changed(bar, bp.picture(w, 1)) > 0.01
+
+
+def test_the_weights_of_a_tile_are_those_of_the_blend(page):
+    bp.show(page, TileExplorer(np.full((64, 96, 3), 128, np.uint8), tile=64, overlap=32, view="weights", snap="4", heights=()))
+    w, canvas = root(page), page.locator("canvas").first
+    left = bp.picture(w)
+    box = canvas.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.8, box["y"] + box["height"] / 2)
+    assert page.evaluate("model.get('chosen')") == 1
+    right = bp.picture(w)
+    inside = slice(40, -40)
+    assert left[inside, 60].mean() > left[inside, -60].mean() + 20  # viridis: bright is much
+    assert right[inside, -60].mean() > right[inside, 60].mean() + 20
+    bp.move(w, "blend", "average")
+    middle = bp.picture(w)[200, 280:360]
+    assert np.ptp(middle[:, :3], axis=0).max() < 20  # an average is flat in the overlap
+
+
+def test_seams_show_first_an_idea_and_then_what_was_measured(page):
+    viewer = TileExplorer(clip(1, 64, 96)[0], tile=64, overlap=16, snap="4", heights=())
+    viewer.can_measure = True
+    bp.show(page, viewer)
+    w = root(page)
+    bp.move(w, "view", "seams")
+    idea = bp.picture(w)
+    assert "first idea" in page.locator(".fvsr-read").last.inner_text()
+    page.wait_for_function("model.get('ask') === '64 16 hann 4'")  # the kernel was asked, once the slider rested
+    page.evaluate("""() => { const bytes = new Uint8Array(64 * 96).fill(255);
+        model.set('measured_size', [96, 64]); model.set('measured', new DataView(bytes.buffer));
+        model.set('measured_for', '64 16 hann 4'); }""")
+    assert "measured" in page.locator(".fvsr-read").last.inner_text()
+    assert changed(idea, bp.picture(w)) > 0.5
+    bp.move(w, "overlap", 20)
+    assert "first idea" in page.locator(".fvsr-read").last.inner_text()
+
+
 def test_two_views_of_one_model_and_a_clean_end(page):
     bp.show(page, CompareVideo(clip(3), clip(3)))
     page.evaluate("close_widget()")
@@ -218,7 +269,7 @@ def test_two_views_of_one_model_and_a_clean_end(page):
 def notebook(chromium, tmp_path_factory):
     "A notebook opened and run in JupyterLab."
     folder = tmp_path_factory.mktemp("lab")
-    bp.workspace(folder, "12_widgets.ipynb", "12b_viewers.ipynb")
+    bp.workspace(folder, "12_widgets.ipynb", "12b_viewers.ipynb", "12c_tile_explorer.ipynb")
     with bp.lab(folder) as address:
         def opened(name):
             page = chromium.new_page(viewport={"width": 1400, "height": 1000})
@@ -275,6 +326,16 @@ def test_notebook_12b_in_jupyterlab(notebook):
     assert "query block 11 reads" in w.locator(".fvsr-read").last.inner_text()
     moves_all(page, "Cache timeline", {"chunk": 2, "keep": 5, "height": 1536, "width": 3072})
     moves_all(page, "Quantisation viewer", {"head": 0, "chunk": 1, "layer": 0, "size": 4})
+    page.close()
+
+
+def test_notebook_12c_in_jupyterlab(notebook):
+    page = notebook("12c_tile_explorer.ipynb")
+    no_errors(page)
+    w = moves_all(page, "Tile explorer", {"tile": 32, "overlap": 12, "size": 3, "vram": 6, "blend": "average", "view": "weights"})
+    bp.move(w, "size", 0)
+    bp.move(w, "view", "seams")
+    w.get_by_text("Seam map: measured").wait_for(timeout=60_000)  # by the model, in the kernel
     page.close()
 
 

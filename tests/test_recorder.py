@@ -7,6 +7,7 @@ from flashvsr_nb.attention import LCSA
 from flashvsr_nb.dit import DiT, ModelConfig
 from flashvsr_nb.kv_cache import ConcatCache, KVCache
 from flashvsr_nb.recorder import Recording, capture, slab_frames
+from flashvsr_nb.small_caches import CacheGroup
 
 CFG = ModelConfig(dim=64, heads=2, layers=3, ffn_dim=32, text_dim=8, freq_dim=8, key_blocks=2.0, local_range=3)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,7 +20,7 @@ def dit():
 
 
 @torch.no_grad()
-def run(dit, calls=1, *, cache=KVCache, policy=None, height=16, width=32, f0=0, caches=None):
+def run(dit, calls=1, *, rows=4096, cache=KVCache, policy=None, height=16, width=32, f0=0, caches=None):
     "A few chunks of a stream of random latents; 128*128 pixels are 16*16 latents and one block."
     slab = height * width // 2
     caches = caches or [cache(slab) for _ in dit.blocks] if cache else None
@@ -29,13 +30,44 @@ def run(dit, calls=1, *, cache=KVCache, policy=None, height=16, width=32, f0=0, 
         g = torch.Generator().manual_seed(f0)
         x = torch.randn(1, 16, f, height, width, generator=g)
         tokens = torch.randn(1, f * slab // 2, CFG.dim, generator=g)
-        outs.append(dit(x, tokens, cond, f0=f0, caches=caches, policy=policy))
+        outs.append(dit(x, tokens, cond, f0=f0, caches=caches, policy=policy, rows=rows))
         f0 += f
     return outs
 
 
 def hooks(module):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_both_ways_through_a_block_are_recorded_alike(dit):
+    with capture(dit) as lean:
+        run(dit, 2, rows=100)
+    with capture(dit) as plain:
+        run(dit, 2, rows=0)
+    assert len(lean.layers) == len(plain.layers) == 6
+    for a, b in zip(lean.layers, plain.layers):
+        np.testing.assert_array_equal(a.mask, b.mask)
+        assert (a.layer, a.call, a.q_slabs, a.k_slabs) == (b.layer, b.call, b.q_slabs, b.k_slabs)
+        for name in ("q_mean", "k_mean", "q_alike", "k_alike", "mass", "keys"):
+            np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["offload", "int8"])
+def test_other_caches_are_recorded_too(dit, kind):
+    group = CacheGroup(kind)
+    with capture(dit) as rec:
+        run(dit, 3, cache=group.make)
+    assert rec.at(1, chunk=2).k_slabs == (4, 1, 2, 3)
+
+
+def test_the_users_own_callback_still_hears(dit):
+    masks = []
+    with capture(dit) as rec, torch.no_grad():
+        x, tokens = torch.randn(1, 16, 6, 16, 16), torch.randn(1, 384, CFG.dim)
+        dit(x, tokens, dit.condition(torch.ones(1, 2, CFG.text_dim)), record=masks.append)
+    assert len(masks) == 3
+    for mask, record in zip(masks, rec.layers):
+        np.testing.assert_array_equal(mask[0], record.mask)
 
 
 def test_chunks_streams_and_slabs_are_told_apart(dit):
@@ -69,12 +101,15 @@ def test_all_queries_give_the_exact_mass(dit):
 
     class Policy(LCSA):
         def __call__(self, q, k, *, grid):
-            seen.append((q, k))
+            seen.append((q.clone(), k.clone()))
             return super().__call__(q, k, grid=grid)
 
     with capture(dit, queries=128) as rec:
         run(dit, 2, policy=Policy(2.0, 3))
-    for record, (q, k) in zip(rec.layers, seen, strict=True):
+    pieces = iter(seen)
+    for record in rec.layers:
+        parts = [next(pieces) for _ in record.q_slabs]
+        q, k = torch.cat([q for q, _ in parts], 2), parts[0][1]
         mass = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).unflatten(-1, (-1, 128)).sum(-1).unflatten(2, (-1, 128)).mean(3)
         np.testing.assert_allclose(record.mass, mass[0], atol=1e-3)
         np.testing.assert_allclose(record.scores(), q.unflatten(2, (-1, 128)).mean(3)[0] @ k.unflatten(2, (-1, 128)).mean(3)[0].mT
@@ -152,7 +187,7 @@ def test_keys_are_those_of_the_newest_slab(dit):
 
     with capture(dit, calls=4) as rec:
         run(dit, 3, policy=Policy(2.0, 3))
-    record, k = rec.at(0, chunk=2), seen[6]
+    record, k = rec.at(0, chunk=2), seen[12]  # 3 layers by 3 slabs, by 1, then this
     assert record.k_slabs[0] == 4  # slab 4 lies in slot 0
     np.testing.assert_allclose(record.keys, k[0, :, :256], atol=2e-3)
 
@@ -173,8 +208,9 @@ def test_times_add_up(dit):
     with capture(dit) as rec:
         run(dit, 2)
     for parts in rec.seconds:
-        layers = sum(s for part, s in parts.items() if isinstance(part, tuple))
+        layers = sum(s for part, s in parts.items() if part[1:] == ("layer",))
         assert 0 < layers <= parts["dit"] and parts["recorder"] > 0
+        assert all(0 < parts[i, "cross_attn"] + parts[i, "ffn"] < parts[i, "layer"] for i in range(3))
 
 
 @pytest.mark.parametrize("options, words", [

@@ -13,10 +13,12 @@ from PIL import Image
 from flashvsr_nb.attention import locality_mask
 from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.kv_cache import KVCache, chunk
-from flashvsr_nb.recorder import LayerRecord, Recording, slab_frames
+from flashvsr_nb.recorder import LayerRecord, Recording, _layer_record, _of_keys, _of_queries, slab_frames
+from flashvsr_nb.small_caches import cache_bytes
 from flashvsr_nb.sparge_attention import sparge_mask
-from flashvsr_nb.viewers import (CacheTimeline, QuantViewer, SparsityViewer, cache_bytes, quantisation, replay,
-                                 ring_table)
+from flashvsr_nb.tile_explorer import TileExplorer, at_least, layout, seam_map
+from flashvsr_nb.tiling import BLENDS, tile_grid, tile_weights
+from flashvsr_nb.viewers import CacheTimeline, QuantViewer, SparsityViewer, quantisation, replay, ring_table
 from flashvsr_nb.widgets import CompareVideo, SeamViewer, jpeg_frames, seam_heat, step_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,10 +52,10 @@ def recording(grid=(2, 3), *, slabs=3, block_size=(128, 128), heads=2, d=16, see
         tint = torch.randn(heads, s * keys * 128 // 32, 1, d, generator=g).expand(-1, -1, 32, -1).flatten(1, 2)
         q = torch.randn(heads, s * queries * bq, d, generator=g) * 0.5 + tint[:, :s * queries * bq]
         k = torch.randn(heads, s * keys * 128, d, generator=g) * 0.5 + tint
-        from flashvsr_nb.recorder import _layer_record
         last = slabs - 1 + n
-        record = _layer_record(q[None], k[None], None, block_size, queries=4, tokens=64, call=n, stream=0, chunk=n,
-                               layer=0, grid=grid, q_slabs=tuple(range(last + 1 - queries, last + 1)),
+        record = _layer_record([_of_queries(q[None], k[None], block_size, 4)], _of_keys(k[None], block_size, 64, 0), None,
+                               call=n, stream=0, chunk=n, layer=0, grid=grid, block_size=block_size,
+                               q_slabs=tuple(range(last + 1 - queries, last + 1)),
                                k_slabs=tuple(range(last + 1 - keys, last + 1)))
         records.append(record)
         tensors.append((q[None], k[None]))
@@ -101,12 +103,52 @@ def test_the_browser_draws_the_masks_of_python(block_size):
 
 @needs_node
 def test_the_browser_draws_the_ring_sizes_of_python():
-    w = CacheTimeline(ModelConfig.nano())
-    for rows, cols, slots in ((1, 1, 1), (3, 5, 4), (17, 30, 7)):
+    w = CacheTimeline(ModelConfig.wan1_3b(), chunk=9)
+    for height, width, keep in ((128, 128, 1), (300, 650, 3), (2160, 3840, 6)):
+        w.height, w.width, w.keep = height, width, keep
         for kind in w.kinds:
-            given = dict(w.shape, rows=rows, cols=cols, slots=slots, bytes=kind["bytes"], block=kind["block"])
-            assert node(w, "cacheBytes(given)", **given) == cache_bytes(
-                ModelConfig.nano(), rows=rows, cols=cols, slots=slots, bytes=kind["bytes"], block=kind["block"])
+            given = dict(kind, rows=-(-height // 128), cols=-(-width // 128), slots=keep + 1)
+            assert node(w, "cacheBytes(given)", **given) == w.sizes()[kind["name"]]
+    exact = cache_bytes(ModelConfig.wan1_3b(), 2160, 3840, keep=6)
+    assert w.sizes()["bfloat16"] == exact.device and w.sizes()["float32"] == 2 * exact.device
+    assert w.sizes()["INT8"] == cache_bytes(ModelConfig.wan1_3b(), 2160, 3840, kind="int8", keep=6).device
+
+
+@needs_node
+def test_the_browser_lays_tiles_as_python_does():
+    rng, w, cases = np.random.default_rng(0), TileExplorer(clip()[0]), []
+    for _ in range(150):
+        tile = 32 * int(rng.integers(1, 9))
+        cases.append(dict(height=int(rng.integers(32, 700)), width=int(rng.integers(32, 1200)), tile=tile,
+                          overlap=int(rng.integers(0, tile // 2 + 1)), snap=int(rng.choice([4, 32]))))
+    got = node(w, "given.cases.map(c => layout(c.height, c.width, c))", cases=cases)
+    for case, browser in zip(cases, got, strict=True):
+        plan = layout(case["height"], case["width"], tile=case["tile"], overlap=case["overlap"], snap=case["snap"])
+        for axis in ("rows", "cols"):
+            assert browser[axis] == [[s.start, s.stop] for s in plan[axis]], case
+        assert browser["redundancy"] == pytest.approx(plan["redundancy"], abs=1e-12)
+
+
+@needs_node
+@pytest.mark.parametrize("blend", BLENDS)
+def test_the_browser_weighs_tiles_as_python_does(blend):
+    w = TileExplorer(clip()[0])
+    for size, tile, overlap, snap in ((100, 40, 12, 1), (320, 96, 24, 32), (64, 64, 0, 1), (333, 60, 30, 4), (90, 30, 0, 1)):
+        spans = tile_grid(size, tile, overlap=overlap, snap=snap)
+        got = node(w, "tileWeights(given.spans, given.blend).map(w => [...w])", spans=[[s.start, s.stop] for s in spans], blend=blend)
+        for mine, theirs in zip(got, tile_weights(spans, blend=blend), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-12)
+
+
+@needs_node
+def test_the_first_idea_of_seams_lies_on_the_borders_of_tiles():
+    w = TileExplorer(clip()[0])
+    flat = [50.0] * 64 + [150.0] * 64
+    given = dict(grey=flat * 64, layout=dict(rows=[[0, 64]], cols=[[0, 64], [64, 128]], full=[64, 128]))
+    heat = np.reshape(node(w, "[...coarseSeams(Float32Array.from(given.grey), 64, 128, given.layout, 'average')]", **given), (64, 128))
+    assert np.nonzero(heat.max(0) > 1e-6)[0].tolist() == [63]
+    none = dict(given, grey=[80.0] * 64 * 128)
+    assert max(node(w, "[...coarseSeams(Float32Array.from(given.grey), 64, 128, given.layout, 'hann')]", **none)) < 1e-6
 
 
 @needs_node
@@ -131,7 +173,7 @@ def test_jpegs_one_after_another():
 def test_a_step_is_found_where_it_is(axis, at):
     frames = np.full((2, 48, 64, 3), 100, np.uint8)
     frames[(slice(None), slice(None), slice(at, None)) if axis == "x" else (slice(None), slice(at, None))] += 3
-    for kind in ("tint", "texture"):
+    for kind in ("tint", "step"):
         steps = step_profile(frames, axis=axis, kind=kind)
         assert steps.shape == (2, 64 if axis == "x" else 48)
         np.testing.assert_array_equal(np.nonzero(steps.any(0))[0], [at])
@@ -188,6 +230,7 @@ def widgets():
     yield SparsityViewer(rec, np.repeat(np.repeat(frames, 4, 1), 4, 2))  # the result instead of the input
     yield CacheTimeline(ModelConfig.wan1_3b())
     yield QuantViewer(rec)
+    yield TileExplorer(frames[0], tile=32, overlap=8, snap="4")
 
 
 def test_every_widget_has_a_poster_in_picture_and_words():
@@ -247,11 +290,28 @@ def test_layers_heads_and_chunks_change_the_data():
     (lambda: CacheTimeline(ModelConfig.nano(), chunks=0), "chunks=0"),
     (lambda: QuantViewer(np.zeros(4)), "keys of shape"),
     (lambda: QuantViewer(recording()[0], layer=3), "layer=3; there are 0"),
+    (lambda: TileExplorer(clip(1, 24, 64)), "the frame is 64×24"),
+    (lambda: TileExplorer(clip()).measure(), "seam maps need a model"),
 ])
 def test_what_a_user_gets_wrong_is_said_in_one_line(make, words):
     with pytest.raises(ValueError, match=words) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_the_explorers_layout_is_that_of_a_tiled_stream():
+    from flashvsr_nb.pipeline import FlashVSR
+    from flashvsr_nb.tiling import TiledStream
+    nano = FlashVSR.from_pretrained("nano", device="cpu")
+    w = TileExplorer(clip(1, 64, 96)[0], model=nano, tile=64, overlap=16, snap="4")
+    stream = TiledStream(nano, tile=64, overlap=16, snap=4)
+    stream._start(256, 384)
+    assert [[4 * s.start, 4 * s.stop] for s in w.layout()["cols"]] == [[s.start, s.stop] for s in stream.cols]
+    assert w.table[w.own_size]["untiled"] == at_least(nano.cfg)(64, 96, None)
+    heat = w.measure()
+    assert heat.shape == (256, 384) and heat.max() > 0 and w.measured_for == "64 16 hann 4"
+    assert len(w.measured) == w.measured_size[0] * w.measured_size[1] and max(w.measured) == 255
+    np.testing.assert_array_equal(seam_map(nano, clip(1, 64, 96)[0], tile=96, overlap=16), 0)  # one tile: untiled
 
 
 def test_records_are_what_the_viewer_expects():

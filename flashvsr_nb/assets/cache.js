@@ -1,9 +1,8 @@
 // The KV ring while chunks pass: which slab lies in which slot, and what that weighs.
 
-// Bytes of K and V of all layers in `slots` slabs. `bytes` of a number; `block` tokens share one float32 scale (0: none).
-export function cacheBytes({ rows, cols, dim, heads, layers, slots, bytes, block }) {
-  const tokens = rows * cols * 128 * slots;
-  return 2 * layers * (tokens * dim * bytes + (block ? heads * Math.ceil(tokens / block) * 4 : 0));
+// Bytes of all layers in `slots` slabs: `block` for each block of 128 tokens, `fixed` for each slab.
+export function cacheBytes({ rows, cols, slots, block, fixed }) {
+  return slots * (rows * cols * block + fixed);
 }
 
 function render({ model, el }) {
@@ -35,7 +34,7 @@ function render({ model, el }) {
       text(g, String(k), x + cw / 2, 26 + slots * ch, { align: "center", size: 13, color: k === chunk ? RED : "#000" });
     });
     text(g, "chunk", 840, 26 + slots * ch, { size: 13 });
-    const shape = { ...v.get("shape"), rows: Math.ceil(v.get("height") / 128), cols: Math.ceil(v.get("width") / 128) };
+    const shape = { rows: Math.ceil(v.get("height") / 128), cols: Math.ceil(v.get("width") / 128) };
     const kinds = v.get("kinds").map(kind => ({ ...kind, size: cacheBytes({ ...shape, ...kind, slots: table[chunk].length }) }));
     const b = bars.getContext("2d"), most = Math.max(...kinds.map(kind => kind.size));
     b.fillStyle = "#fff"; b.fillRect(0, 0, 880, 150);

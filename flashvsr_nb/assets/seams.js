@@ -78,7 +78,7 @@ function render({ model, el }) {
   if (seams.length > 1) v.slider("seam", "seam", { min: 0, max: seams.length - 1, show: n => `${n + 1}` });
   v.slider("reach", "profile reach", { min: 8, max: 96, step: 4, show: x => `± ${x} px` });
   v.choice("over_time", "profile of", { frame: "this frame", mean: "all frames" });
-  v.choice("kind", "step", { tint: "tint: signed", texture: "texture: absolute" });
+  v.choice("kind", "step", { tint: "tint: signed", step: "plain: absolute" });
   v.root.append(p.canvas, v.controls, chart, v.key([RED, `${v.get("names")[0]} (dashed)`], [BLUE, v.get("names")[1]]), read);
   v.on(["heat", "seam"], p.draw);
   v.on(["seam", "reach", "over_time", "kind", "frame"], drawChart);

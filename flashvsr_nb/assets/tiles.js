@@ -143,7 +143,7 @@ function render({ model, el }) {
     const p = predicted(full);
     if (!p) return "";
     const fits = p.gib <= v.get("vram") ? "fits" : "does not fit";
-    return `Predicted: ${p.gib.toFixed(2)} GiB (${fits}), ${(p.seconds ?? p.time).toFixed(2)} ${p.seconds ? "s per frame" : "× the time of the untiled frame"}.`;
+    return `${v.get("bound") ? "At least" : "Predicted:"} ${p.gib.toFixed(2)} GiB (${fits}), ${(p.seconds ?? p.time).toFixed(2)} ${p.seconds ? "s per frame" : "× the time of the untiled frame"}.`;
   }
   function drawBar(full) {
     const p = predicted(full), g = bar.getContext("2d");
