@@ -138,6 +138,15 @@ def test_thresholds_per_head_and_blocks_that_always_fail():
     assert not mixed[:, 1].all() and not mixed.requires_grad
 
 
+@pytest.mark.parametrize("rule", [dict(cdf=0.5), dict(topk=0.5), dict(cdf=[0.5, 0.9], similarity=[0.1, 0.2])])
+def test_nothing_is_read_back_from_the_device(rule):
+    "Tensors without values would refuse it; a GPU would have to be waited for."
+    q, k, _ = (x.to("meta") for x in random_qkv(64, 64))
+    within = torch.ones(1, 2, 4, 4, dtype=torch.bool, device="meta")
+    mask = sparge_mask(q, k, block_size=(16, 16), within=within, **rule)
+    assert mask.shape == (1, 2, 4, 4) and mask.device.type == "meta"
+
+
 @pytest.mark.parametrize("kw, said", [
     (dict(block_size=(24, 16)), "64 query and 64 key tokens; they must be whole blocks"),
     (dict(block_size=(16, 16), similarity=[0.1] * 3), "similarity=.*one number, or 2"),
@@ -297,7 +306,7 @@ def native(package):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_spas_honours_the_mask(package, block, dtype):
     q, k, v = random_qkv(256, 512, 64, outliers=3, dtype=dtype)
-    mask = random_mask(1, 2, 256 // block[0], 512 // block[1])
+    mask = random_mask(1, 2, 512 // block[1], 256 // block[0]).mT  # the package needs it contiguous
     mask[0, 0, 0], mask[0, 1, -1], mask[0, 1, 0] = False, False, True
     widened = any(a < b for a, b in zip(block, native(package)))
     with warnings.catch_warnings(record=True) as said:
