@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layout', 'seam_map', 'at_least', 'TileExplorer']
 
-# %% ../nbs/12c_tile_explorer.ipynb #8a94fa3d
+# %% ../nbs/12c_tile_explorer.ipynb #128d7b40
 import numpy as np
 import torch
 import traitlets as tr
@@ -18,10 +18,10 @@ from .tiling import BLENDS, TiledStream, tile_grid
 from .weights import empty_modules
 from .widgets import _clip, _code, _Viewer, jpeg_frames
 
-# %% ../nbs/12c_tile_explorer.ipynb #9258a911
+# %% ../nbs/12c_tile_explorer.ipynb #7fa71d0c
 def layout(
     height: int,  # of the frame, LR pixels
-    width: int,
+    width: int,  # of the frame, LR pixels
     *,
     tile: int = 192,  # side of a tile, LR pixels; rounded up to a multiple of 32
     overlap: int = 24,  # LR pixels
@@ -35,25 +35,31 @@ def layout(
     area = sum(r.stop - r.start for r in rows) * sum(c.stop - c.start for c in cols)
     return dict(rows=rows, cols=cols, redundancy=area / (full[0] * full[1]))
 
-# %% ../nbs/12c_tile_explorer.ipynb #82c27c7e
+# %% ../nbs/12c_tile_explorer.ipynb #6af087da
 @torch.inference_mode()
+def _still(stream, frame):
+    "A still as the stream makes it, (3,4H',4W') in [-1,1]: the fifth frame, the first five are decoded."
+    model = stream.model
+    lq = prepare_lq(np.repeat(frame[None], 25, 0), resize=model.cfg.resize, device=model.context.device)[0]
+    latents = stream.denoise(lq.to(model.context.dtype))
+    first = latents[:, :, :2] if torch.is_tensor(latents) else [x[:, :, :2] for x in latents]
+    return stream.finish(first, lq[:, :, :5])[0, :, 4]
+
+
 def seam_map(
     model,  # FlashVSR
     frame: np.ndarray,  # (H,W,3) uint8, LR
     *,
-    tile: int = 192,  # LR pixels, as for `TiledStream`
-    overlap: int = 24,
-    blend: str = "hann",
-    snap: int = 32,
+    whole=None,  # (3,4H',4W') the untiled result, if it is known; None: computed
     shared: tuple = (),  # what the tiles have in common; (): nothing, the hardest case
+    **tiling,  # tile, overlap, blend, snap: as for `TiledStream`
 ) -> np.ndarray:  # (4H',4W') float32, grey levels: |tiled - untiled|, mean over colours; H', W' multiples of 32
-    "By how much tiles change a still of five frames."
-    lq = prepare_lq(np.repeat(frame[None], 25, 0), resize=model.cfg.resize, device=model.context.device)[0]
-    whole = Stream(model).push(lq)
-    tiled = TiledStream(model, tile=tile, overlap=overlap, blend=blend, snap=snap, shared=shared).push(lq)
-    return (whole - tiled)[0, :, 4].abs().mean(0).mul(127.5).cpu().numpy()
+    "By how much tiles change a still."
+    whole = _still(Stream(model), frame) if whole is None else whole
+    tiled = _still(TiledStream(model, shared=shared, **tiling), frame)
+    return (whole - tiled).abs().mean(0).mul(127.5).float().cpu().numpy()
 
-# %% ../nbs/12c_tile_explorer.ipynb #976a8ccc
+# %% ../nbs/12c_tile_explorer.ipynb #6b52286f
 def at_least(
     cfg,  # ModelConfig
     *,
@@ -69,7 +75,7 @@ def at_least(
         return dict(gib=(weights + cache_bytes(cfg, h, w, itemsize=itemsize).device) / 2**30, time=area)
     return predict
 
-# %% ../nbs/12c_tile_explorer.ipynb #4afcf49e
+# %% ../nbs/12c_tile_explorer.ipynb #f7dd3279
 class _Tiles(_Viewer):
     "Where the tiles lie at present, and the seam maps that were measured."
 
@@ -96,7 +102,8 @@ class _Tiles(_Viewer):
         options = dict(tile=self.tile, overlap=min(self.overlap, self.tile // 2), blend=self.blend, snap=int(self.snap))
         key = f"{self.tile} {self.overlap} {self.blend} {self.snap}"
         if key not in self._maps:
-            self._maps[key] = seam_map(self._model, self._frame, **options)
+            self._whole = _still(Stream(self._model), self._frame) if self._whole is None else self._whole
+            self._maps[key] = seam_map(self._model, self._frame, whole=self._whole, **options)
         heat = self._maps[key]
         small = heat[:heat.shape[0] // 4 * 4, :heat.shape[1] // 4 * 4].reshape(heat.shape[0] // 4, 4, -1, 4).max((1, 3))
         with self.hold_sync():
@@ -126,7 +133,7 @@ def _drawn(frame, size, plan, width=640):
             draw.rectangle(box, outline="white")
     return page
 
-# %% ../nbs/12c_tile_explorer.ipynb #91067d2f
+# %% ../nbs/12c_tile_explorer.ipynb #d70d2bea
 class TileExplorer(_Tiles):
     "Tiles over a frame: grid, overlaps, weights, redundancy, memory and time, seam map."
 
@@ -142,7 +149,7 @@ class TileExplorer(_Tiles):
         heights: tuple = (144, 180, 270, 360, 480, 540, 720, 1080),  # further sizes of the frame, LR pixels
         **state,  # size (index), tile, overlap, vram, blend, snap, view, chosen
     ):
-        self._frame, self._model, self._maps = _clip(frame, "frame", 1)[0], model, {}
+        self._frame, self._model, self._maps, self._whole = _clip(frame, "frame", 1)[0], model, {}, None
         (h, w), own = self._frame.shape[:2], self._frame.shape[0]
         if min(h, w) < 32:
             raise ValueError(f"TileExplorer: the frame is {w}×{h}; both sides must be at least 32 pixels")
