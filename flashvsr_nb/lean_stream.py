@@ -102,9 +102,17 @@ class LeanStream(Stream):
         self.change(kind=kind, prefetch=prefetch, release=release, int8_weights=int8_weights,
                     decoder_tile=decoder_tile, decoder_host=decoder_host)
 
-    def change(self, *, kind="resident", prefetch=True, release=False, int8_weights=False, decoder_tile=None,
-               decoder_host=False):
-        "Go on in another way, arguments as at the start: what the caches hold moves along, layer by layer."
+    def change(
+        self,
+        *,
+        kind: str = "resident",  # this and what follows: as at the start, and again all of it
+        prefetch: bool = True,  # off-loaded caches: fetch the next layer's
+        release: bool = False,  # off-loaded caches: free their buffers before the decoder runs
+        int8_weights: bool = False,  # store the weights in INT8, for good
+        decoder_tile=None,  # latent cells, a number or (rows, columns); None: any frame whole
+        decoder_host: bool = False,  # keep the decoder's state in the host's memory
+    ):  # itself
+        "Go on in another way: what the caches hold moves along, layer by layer."
         decoder = self.model.decoder
         decoder.tile, decoder.store, self.release = decoder_tile, "cpu" if decoder_host else None, release
         if self.decoder is not None:
@@ -119,12 +127,12 @@ class LeanStream(Stream):
         return self
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # of the DiT
         "Where the model is."
         return self.model.dit.patch_embedding.weight.device
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # of the DiT
         "What the model computes in."
         return self.model.dit.patch_embedding.weight.dtype
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashvsr_nb.decoder import (
-    MemBlock, TCDecoder, TGrow, UpConv, Window, adain, color_fix, fold, wavelet, windows)
+    MemBlock, TCDecoder, TGrow, UpConv, _Window, adain, color_fix, fold, wavelet, windows)
 
 WIDTHS = (6, 5, 4, 3)
 few = settings(max_examples=12)
@@ -271,19 +271,21 @@ def test_tiles_may_change_in_mid_video(decoder):
 
 
 @pytest.mark.parametrize("short", ["halo", 7, 13, 19])
-def test_no_halo_may_be_shorter(decoder, short, monkeypatch):
+def test_no_halo_may_be_shorter(short, monkeypatch):
     "One cell or pixel less anywhere, and tiles show."
     from flashvsr_nb import decoder as module
+    decoder = TCDecoder((8, 8, 8, 8)).double().requires_grad_(False)
+    for p in decoder.parameters():
+        p.mul_(2)  # the longest paths must weigh something
     latents, lq = inputs(2, h=4, w=70)
     whole, _ = decoder(latents, lq)
     if short == "halo":
-        monkeypatch.setattr(module, "windows", lambda h, w, tile: [Window((0, 4), (a, a + 35), (4, 70), 18) for a in (0, 35)])
+        monkeypatch.setattr(module, "windows", lambda h, w, tile: [_Window((0, 4), (a, a + 35), (4, 70), 18) for a in (0, 35)])
     else:
         monkeypatch.setitem(module._HALOS, short, module._HALOS[short] - 1)
     decoder.tile = 35
     tiled, _ = decoder(latents, lq)
-    decoder.tile = None
-    assert (tiled - whole).abs().max() > 1e-14
+    assert (tiled - whole).abs().max() > 1e-13 * whole.abs().max()
 
 
 @few
