@@ -108,7 +108,7 @@ def merge_author(
         total[r, c] += w
     return out / torch.where(total == 0, 1, total) * 2 - 1
 
-# %% ../nbs/07_tiling.ipynb #3cf28bb5
+# %% ../nbs/07_tiling.ipynb #9429178a
 class _Tiles:
     "What both kinds of tiled streams do."
     def _seen(self, parts, rows, cols):
@@ -135,6 +135,8 @@ class SeparateTiles(_Tiles):
         **options,  # as for `Stream`
     ):
         tile_grid(1, tile, overlap=overlap)  # refuses wrong ones now
+        if tiling not in ("paper", "author"):
+            raise ValueError(f"tiling={tiling!r}; allowed are 'paper' and 'author'")
         if options.get("noise") is not None:
             raise ValueError(f"noise= is that of the whole frame, which tiling={tiling!r} knows not; use tiling='ours'")
         self.model, self.tile, self.overlap, self.tiling, self.options = model, tile, overlap, tiling, options
