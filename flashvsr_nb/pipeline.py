@@ -173,21 +173,19 @@ class FlashVSR(_Model):
         progress=True,  # a bar on stderr; False: silent; or a function, called with (frames done, in all or None)
     ):  # with an output: Upscaled; else uint8 (F,4H,4W,3) or (4H,4W,3) for an array, an iterator of frames for the rest
         "Four times the size, frame for frame, in memory that does not depend on the number of frames."
-        noise_at(range(0), 1, 1, seed=seed)  # refuses a wrong seed now
         options = dict(tile=tile, overlap=overlap, blend=blend, tiling=tiling, seed=seed, noise=noise,
                        backend=self.attention)
-        make_stream(self, **options)  # and wrong tiles
+        make_stream(self, **options)  # refuses wrong ones now
         if scene_cut not in ("auto", "off"):
             raise ValueError(f"scene_cut={scene_cut!r}; allowed are 'auto' and 'off'")
         clip, device = Clip(input, start=start, frames=frames), self.context.device
-        width, height = output_size(clip.width, clip.height, scale, output)
-        size = None if scale == 4 else (height, width)
+        size = output_size(clip.width, clip.height, scale, output)  # width, height
+        other = None if scale == 4 else size[::-1]
         scenes = split_scenes(clip.frames) if scene_cut == "auto" else [clip.frames]
-        sr = chain.from_iterable(_run(make_stream(self, **options), scene, size) for scene in scenes)
+        sr = chain.from_iterable(_run(make_stream(self, **options), scene, other) for scene in scenes)
         sr = _tell(sr, progress, clip.total, device)
         if output is not None:
-            return write_clip(clip, sr, output, size=(width, height), fps=fps, device=device, crf=crf,
-                              overwrite=overwrite)
+            return write_clip(clip, sr, output, size=size, fps=fps, device=device, crf=crf, overwrite=overwrite)
         if not hasattr(input, "shape"):
             return sr
         sr = np.stack(list(sr))
