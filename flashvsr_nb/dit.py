@@ -273,11 +273,11 @@ class Conditioning:
     t6: torch.Tensor # (1, 6, D)
     prompt: list # per block: (k, v), each (1, heads, n, d)
 
-# %% ../nbs/04_dit.ipynb #1d94f343
-def _embed(patch_embedding, x, parts, size):
+# %% ../nbs/04_dit.ipynb #7b861649
+def _embed(patch_embedding, x, tokens, size):
     "Patches of the latents plus LQ tokens, in window order, as the tokens come"
     out, done, n = [], 0, size[1] * size[2]
-    for part in parts:
+    for part in [tokens] if isinstance(tokens, torch.Tensor) else tokens:
         f = part.shape[1] // n
         if part.shape[1] % n or done + f > size[0]:
             raise ValueError(f"DiT: {done * n + part.shape[1]} lq_tokens, "
@@ -289,7 +289,7 @@ def _embed(patch_embedding, x, parts, size):
         raise ValueError(f"DiT: {done * n} lq_tokens, but latents {tuple(x.shape)} make {size.numel()}")
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
-# %% ../nbs/04_dit.ipynb #2006efd8
+# %% ../nbs/04_dit.ipynb #28372376
 class DiT(nn.Module):
     "The streaming video DiT; module and parameter names are those of the official checkpoint (825 tensors)"
     def __init__(
@@ -340,13 +340,13 @@ class DiT(nn.Module):
     ) -> torch.Tensor: # (B, 16, f, H/8, W/8) velocity
         "Velocity of one chunk; x0 = x - velocity"
         size = torch.Size((x.shape[2], x.shape[3] // 2, x.shape[4] // 2))
-        y = _embed(self.patch_embedding, x, [lq_tokens] if isinstance(lq_tokens, torch.Tensor) else lq_tokens, size)
+        y = _embed(self.patch_embedding, x, lq_tokens, size)
         attn = dict(grid=block_grid(*size[1:]), policy=policy or self.cfg.lcsa, backend=backend, record=record)
         rope = rope_table(size, self.cfg.dim // self.cfg.heads, f0=f0, device=x.device)
         lean = rows and not torch.is_grad_enabled()
-        for i, block in enumerate(self.blocks):
-            run = partial(block_in_rows, block, rows=rows) if lean else block
+        for i, run in enumerate(self.blocks):
+            if lean: run = partial(block_in_rows, run, rows=rows)
             y = run(y, cond.t6, cond.prompt[i], rope, cache=None if caches is None else caches[i], **attn)
-        y = torch.cat([self.head(y[:, at], cond.t) for at in _pieces(0, y.shape[1], rows if lean else y.shape[1])], 1)
-        y = window_merge(y, size=size) # B, f, h, w, (2, 2, 16)
+        y = [self.head(y[:, at], cond.t) for at in _pieces(0, y.shape[1], rows if lean else y.shape[1])]
+        y = window_merge(torch.cat(y, 1), size=size) # B, f, h, w, (2, 2, 16)
         return y.unflatten(-1, (2, 2, -1)).permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape)

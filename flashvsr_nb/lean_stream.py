@@ -182,7 +182,7 @@ class _Insistent(_Pieces):
             self.caches = [_rewound(c, n, self.cache, self) for c, n in zip(self.caches, written)] if written else None
             self.change(**options)
 
-# %% ../nbs/06f_lean_stream.ipynb #aa70385f
+# %% ../nbs/06f_lean_stream.ipynb #4dd372c4
 class LeanStream(_Insistent):
     "A `Stream` whose frames are in the host's memory, and which can save more memory on the way and lose nothing."
 
@@ -212,8 +212,8 @@ class LeanStream(_Insistent):
         "One chunk from LQ to SR."
         want = len(chunk(self.k).lq)
         if lq.ndim != 5 or lq.shape[1:3] != (3, want) or lq.shape[3] % 128 or lq.shape[4] % 128:
-            raise ValueError(f"LeanStream.push: lq has shape {tuple(lq.shape)}; chunk {self.k} must be (B,3,{want},H,W), "
-                             "H and W multiples of 128")
+            raise ValueError(f"LeanStream.push: lq has shape {tuple(lq.shape)}; chunk {self.k} must be "
+                             f"(B,3,{want},H,W), H and W multiples of 128")
         latents = self._insist(lambda: self.denoise(lq))
         lq = lq if self.ahead is None else torch.cat([self.ahead, lq], 2)
         lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()
