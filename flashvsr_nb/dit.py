@@ -289,7 +289,7 @@ def _embed(patch_embedding, x, tokens, size):
         raise ValueError(f"DiT: {done * n} lq_tokens, but latents {tuple(x.shape)} make {size.numel()}")
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
-# %% ../nbs/04_dit.ipynb #28372376
+# %% ../nbs/04_dit.ipynb #18b766f8
 class DiT(nn.Module):
     "The streaming video DiT; module and parameter names are those of the official checkpoint (825 tensors)"
     def __init__(
@@ -339,14 +339,13 @@ class DiT(nn.Module):
         rows: int = 4096, # tokens at a time where no gradient is wanted; 0: all, as where one is
     ) -> torch.Tensor: # (B, 16, f, H/8, W/8) velocity
         "Velocity of one chunk; x0 = x - velocity"
-        size = torch.Size((x.shape[2], x.shape[3] // 2, x.shape[4] // 2))
-        y = _embed(self.patch_embedding, x, lq_tokens, size)
+        y = _embed(self.patch_embedding, x, lq_tokens, size := torch.Size((x.shape[2], x.shape[3] // 2, x.shape[4] // 2)))
         attn = dict(grid=block_grid(*size[1:]), policy=policy or self.cfg.lcsa, backend=backend, record=record)
         rope = rope_table(size, self.cfg.dim // self.cfg.heads, f0=f0, device=x.device)
         lean = rows and not torch.is_grad_enabled()
-        for i, run in enumerate(self.blocks):
-            if lean: run = partial(block_in_rows, run, rows=rows)
+        for i, block in enumerate(self.blocks):
+            run = partial(block_in_rows, block, rows=rows) if lean else block
             y = run(y, cond.t6, cond.prompt[i], rope, cache=None if caches is None else caches[i], **attn)
-        y = [self.head(y[:, at], cond.t) for at in _pieces(0, y.shape[1], rows if lean else y.shape[1])]
-        y = window_merge(torch.cat(y, 1), size=size) # B, f, h, w, (2, 2, 16)
+        y = torch.cat([self.head(part, cond.t) for part in y.split(rows if lean else y.shape[1], 1)], 1)
+        y = window_merge(y, size=size) # B, f, h, w, (2, 2, 16)
         return y.unflatten(-1, (2, 2, -1)).permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape)
