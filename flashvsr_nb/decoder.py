@@ -67,7 +67,7 @@ class TGrow(nn.Module):
             return y
         return y.unflatten(0, (-1, batch)).unflatten(2, (self.stride, -1)).transpose(1, 2).flatten(0, 2)
 
-# %% ../nbs/06_decoder.ipynb #bc633b38
+# %% ../nbs/06_decoder.ipynb #6c689e3e
 class UpConv(nn.Conv2d):
     "Twice the size, then a 3×3 convolution: done as 2×2 convolutions on the small grid (16/36 of the products)."
 
@@ -83,11 +83,10 @@ class UpConv(nn.Conv2d):
         x: torch.Tensor,  # (N,C,h,w)
     ) -> torch.Tensor:  # (N,out,2h,2w)
         "What `conv3x3(nearest_x2(x))` gives."
-        return self.enlarge(x, self.weight)
+        return self._enlarge(x, self.weight)
 
     @staticmethod
-    def enlarge(x, weight):
-        "`forward` with any 3×3 weights, (out,channels,3,3)."
+    def _enlarge(x, weight):  # `forward` with any 3×3 weights, (out,channels,3,3)
         def odd_even(weight, axis):  # 3 taps on the large grid -> 2 on the small one, for odd and for even positions
             a, b, c = weight.split(1, axis)
             return torch.cat([a + b, c], axis), torch.cat([a, b + c], axis)
@@ -119,7 +118,7 @@ def _check_shapes(latents, lq, state):
         raise ValueError(f"state: from {len(state[0])} videos of {tuple(state[0].shape[2:])} cells; "
                          f"the latents are {b} of {(h, w)}; pass state=None to start a new video")
 
-# %% ../nbs/06_decoder.ipynb #98b973e0
+# %% ../nbs/06_decoder.ipynb #7f0db2de
 _HALOS = {7: 8, 13: 6, 19: 2}  # behind these layers so much halo is still needed, in pixels of their grid
 
 
@@ -171,7 +170,44 @@ def windows(
         return list(zip(edges, edges[1:]))
     return [_Window(rows, cols, (h, w)) for rows in spans(h, sides[0]) for cols in spans(w, sides[1])]
 
-# %% ../nbs/06_decoder.ipynb #8332b17c
+# %% ../nbs/06_decoder.ipynb #a6a6d28a
+def _body(net, x, state, lq, window):
+    "Layers 1–19, (T*B,784,H/8,W/8) to (2T*B,c2,H/2,W/2), the new state, and LQ cut like the result."
+    new = []
+    for i, layer in enumerate(net.decoder[1:20], 1):
+        if isinstance(layer, MemBlock):
+            past = state[len(new)][(..., *window.outer())].to(x.device) if state else torch.zeros_like(x[:len(lq)])
+            x, last = layer(x, past)
+            new.append(last[(..., *window.inner())])
+        else:
+            x = layer(x, len(lq)) if isinstance(layer, TGrow) else layer(x)
+        if isinstance(layer, UpConv):
+            window.double()
+            if net.skips:
+                skip = net.skips[0](fold(lq, patch=4)) if i == 10 else net.skips[1](fold(lq, 2, patch=2))
+                x = skip.add_(x)
+        if i in _HALOS:
+            x, lq = window.crop(_HALOS[i], x, lq)
+    return x, new, lq
+
+
+def _tail(net, x, lq):
+    "Layers 20–26, (n*B,c2,H/2,W/2) to (2n*B,3,H,W): no memory, so in parts; full-size tensors are large."
+    x = net.decoder[22](net.decoder[21](x, len(lq)))
+    if net.skips:
+        x = net.skips[2](fold(lq, 1, patch=1)).add_(x)
+    for layer in net.decoder[23:]:
+        x = layer(x)
+    return x
+
+
+def _room(store, part, k, h, w):
+    "Room for the state of one MemBlock, k cells of it to one of the latents; rows of all columns are one piece."
+    where = torch.device(store or part.device)
+    return torch.empty((*part.shape[:2], k * h, k * w), dtype=part.dtype, device=where,
+                       pin_memory=where.type == "cpu" and part.is_cuda, memory_format=torch.channels_last)
+
+# %% ../nbs/06_decoder.ipynb #f6f57d53
 class TCDecoder(nn.Module):
     "Latents and LQ frames to SR frames; keys as in TCDecoder.ckpt: `decoder.{index of the layer}`."
 
@@ -213,16 +249,10 @@ class TCDecoder(nn.Module):
             frames[(..., *window.home(8))] = y
             for i, k in enumerate((1, 1, 1, 2, 2, 2, 4, 4, 4)):
                 if len(new) == i:
-                    new.append(self._whole(parts[0], k, h, w))
+                    new.append(_room(self.store, parts[0], k, h, w))
                 new[i][(..., *window.home(k))].copy_(parts.pop(0))
             del y, parts  # not while the next tile is decoded
         return frames, new
-
-    def _whole(self, part, k, h, w):
-        "Room for the state of one MemBlock, k cells of it to one of the latents; rows of all columns are one piece."
-        where = torch.device(self.store or part.device)
-        return torch.empty((*part.shape[:2], k * h, k * w), dtype=part.dtype, device=where,
-                           pin_memory=where.type == "cpu" and part.is_cuda, memory_format=torch.channels_last)
 
     def _decode(self, latents, lq, state, window):
         "The frames of a window, and its part of the new state; latents and LQ have its halo, `state` is of the frame."
@@ -230,41 +260,13 @@ class TCDecoder(nn.Module):
         cond = torch.cat([lq[:, :, :1].expand(-1, -1, missing, -1, -1), lq], 2)
         x = torch.cat([fold(cond), latents.permute(2, 0, 1, 3, 4).flatten(0, 1)], 1)
         x = x.contiguous(memory_format=torch.channels_last)
-        x, new, cond = self._body(3 * torch.tanh(x / 3), state, cond, window)
+        x, new, cond = _body(self, 3 * torch.tanh(x / 3), state, cond, window)
         parts = zip(x.split(b * self.tail_steps), cond.split(2 * self.tail_steps, 2))
-        y = torch.cat([self._tail(*part) for part in parts])[missing * b:]
+        y = torch.cat([_tail(self, *part) for part in parts])[missing * b:]
         window.double()
         y = y.unflatten(0, (-1, b)).permute(1, 2, 0, 3, 4)[(..., *window.inner())]
         cond = cond[(..., *window.inner())][:, :, missing:]
         return (y + (cond + 1) / 2 if self.residual else y), new
-
-    def _body(self, x, state, lq, window):
-        "Layers 1–19, (T*B,784,H/8,W/8) to (2T*B,c2,H/2,W/2), the new state, and LQ cut like the result."
-        new = []
-        for i, layer in enumerate(self.decoder[1:20], 1):
-            if isinstance(layer, MemBlock):
-                past = state[len(new)][(..., *window.outer())].to(x.device) if state else torch.zeros_like(x[:len(lq)])
-                x, last = layer(x, past)
-                new.append(last[(..., *window.inner())])
-            else:
-                x = layer(x, len(lq)) if isinstance(layer, TGrow) else layer(x)
-            if isinstance(layer, UpConv):
-                window.double()
-                if self.skips:
-                    skip = self.skips[0](fold(lq, patch=4)) if i == 10 else self.skips[1](fold(lq, 2, patch=2))
-                    x = skip.add_(x)
-            if i in _HALOS:
-                x, lq = window.crop(_HALOS[i], x, lq)
-        return x, new, lq
-
-    def _tail(self, x, lq):
-        "Layers 20–26, (n*B,c2,H/2,W/2) to (2n*B,3,H,W): no memory, so in parts; full-size tensors are large."
-        x = self.decoder[22](self.decoder[21](x, len(lq)))
-        if self.skips:
-            x = self.skips[2](fold(lq, 1, patch=1)).add_(x)
-        for layer in self.decoder[23:]:
-            x = layer(x)
-        return x
 
 # %% ../nbs/06_decoder.ipynb #c37cd71d
 def adain(

@@ -33,7 +33,7 @@ def dequantize_rows(
     "q * scale: the weights again, up to half a step."
     return torch.mul(q, scale.float().view(-1, *[1] * (q.ndim - 1)), out=torch.empty_like(q, dtype=dtype))
 
-# %% ../nbs/06e_int8_weights.ipynb #ce313299
+# %% ../nbs/06e_int8_weights.ipynb #715e0b00
 class _Int8(nn.Module):
     "A layer without `weight`: `q` and `scale` instead, and its outputs a part of the channels at a time."
     axis, part = 1, 2**24  # where the output channels are; weights turned back at a time
@@ -76,7 +76,7 @@ class Int8Conv2d(_Int8, nn.Conv2d):
 
 class Int8UpConv(_Int8, UpConv):
     "`UpConv` with INT8 weights."
-    def _apply_rows(self, x, w, b): return self.enlarge(x, w)
+    def _apply_rows(self, x, w, b): return self._enlarge(x, w)
 
 
 class Int8StackedConv(_Int8, StackedConv):
@@ -87,7 +87,7 @@ class Int8StackedConv(_Int8, StackedConv):
 
 _KINDS = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d, UpConv: Int8UpConv, StackedConv: Int8StackedConv}
 
-# %% ../nbs/06e_int8_weights.ipynb #65332864
+# %% ../nbs/06e_int8_weights.ipynb #a1c78774
 def quantize_weights(
     model: nn.Module,  # any module: a whole `FlashVSR`, a decoder, a block; changed in place, for inference only
     *,
@@ -95,7 +95,7 @@ def quantize_weights(
 ) -> nn.Module:  # the model itself
     "Store the weights of linear maps and convolutions in INT8: half the memory of bfloat16."
     if smallest < 1:
-        raise ValueError(f"quantize_weights: smallest={smallest}; it must be at least 1, the weights of the smallest layer")
+        raise ValueError(f"quantize_weights: smallest={smallest}; it must be at least 1, a layer's number of weights")
     for layer in model.modules():
         if type(layer) in _KINDS and layer.weight.numel() >= smallest:
             layer.__class__ = _KINDS[type(layer)]

@@ -29,7 +29,7 @@ def to_values(
     "Levels to values, bit for bit those of `prepare_lq`."
     return x.float().mul_(2 / 255).sub_(1) if x.dtype == torch.uint8 else x.float()
 
-# %% ../nbs/06f_lean_stream.ipynb #b34db7f3
+# %% ../nbs/06f_lean_stream.ipynb #1df813d0
 def _ring(cache): return cache if isinstance(cache, KVCache) else cache.ring  # what counts the slabs of a cache
 
 
@@ -64,7 +64,7 @@ def _moved(cache, written, make, stream):
 
 
 def _rewound(cache, written, make, stream):
-    "The cache as it was before slab number `written`. Off-loaded, it gave its oldest slab, and does without from now on."
+    "The cache as it was before slab number `written`. Off-loaded, it gave its oldest slab, and does without."
     if getattr(_ring(cache), "host", None) is not None and _ring(cache).written > written:
         return _moved(cache, written, make, stream)
     _ring(cache).written = written  # a ring on the device has a slot to spare: only what was not kept is overwritten
@@ -79,52 +79,9 @@ def _release(group, caches):
     for buffer in group.staging.buffers:
         buffer.__init__()
 
-# %% ../nbs/06f_lean_stream.ipynb #099f6b92
-class LeanStream(Stream):
-    "A `Stream` whose frames are in the host's memory, and which can save more memory on the way and lose nothing."
-
-    def __init__(
-        self,
-        model,  # FlashVSR, or whatever has its cfg, dit, projector, decoder and cond
-        *,
-        kind: str = "resident",  # of KV caches: 'resident', 'offload', 'int8' or 'int8-offload'
-        prefetch: bool = True,  # off-loaded caches: fetch the next layer's while this one computes
-        int8_weights: bool = False,  # store the model's weights in INT8; changes the model, for good
-        release: bool = False,  # off-loaded caches: free their buffers on the device before the decoder runs
-        decoder_tile=None,  # largest frame decoded whole, latent cells of 8 px: a number or (rows, columns); None: any
-        decoder_host: bool = False,  # keep the decoder's state in the host's memory
-        step_down=None,  # function without arguments: what `change` gets when memory runs out; None: nothing left
-        **options,  # as for `Stream`
-    ):
-        self.group = None
-        super().__init__(model, **options)
-        self.step_down = step_down
-        self.change(kind=kind, prefetch=prefetch, release=release, int8_weights=int8_weights,
-                    decoder_tile=decoder_tile, decoder_host=decoder_host)
-
-    def change(
-        self,
-        *,
-        kind: str = "resident",  # this and what follows: as at the start, and again all of it
-        prefetch: bool = True,  # off-loaded caches: fetch the next layer's
-        release: bool = False,  # off-loaded caches: free their buffers before the decoder runs
-        int8_weights: bool = False,  # store the weights in INT8, for good
-        decoder_tile=None,  # latent cells, a number or (rows, columns); None: any frame whole
-        decoder_host: bool = False,  # keep the decoder's state in the host's memory
-    ):  # itself
-        "Go on in another way: what the caches hold moves along, layer by layer."
-        decoder = self.model.decoder
-        decoder.tile, decoder.store, self.release = decoder_tile, "cpu" if decoder_host else None, release
-        if self.decoder is not None:
-            self.decoder = [s.to("cpu" if decoder_host else self.device) for s in self.decoder]
-        if int8_weights:
-            quantize_weights(self.model)
-        if self.group is None or (kind, prefetch) != (self.group.kind, self.prefetch):
-            self.group, self.prefetch = CacheGroup(kind, prefetch=prefetch), prefetch
-            self.cache = self.group.make
-            for i, cache in enumerate(self.caches or ()):  # the old ones go as the new ones come
-                self.caches[i] = _moved(cache, _ring(cache).written, self.cache, self)
-        return self
+# %% ../nbs/06f_lean_stream.ipynb #5b14aa9e
+class _Pieces(Stream):
+    "A `Stream` whose frames are in the host's memory; the device holds a few at a time."
 
     @property
     def device(self) -> torch.device:  # of the DiT
@@ -175,36 +132,39 @@ class LeanStream(Stream):
             stop = done + 4 - 3 * (self.decoder is None)
             y, self.decoder = self._insist(lambda: self.model.decoder(z, self._near(lq[:, :, done:stop]), self.decoder))
             for i in range(done, stop):
-                frame, ref = 2 * y[:, :, i - done:i - done + 1].float() - 1, to_values(lq[:, :, i:i + 1].to(self.device))
+                frame, ref = 2 * y[:, :, i - done, None].float() - 1, to_values(lq[:, :, i, None].to(self.device))
                 frame = color_fix(frame, ref, method=self.model.cfg.color_fix)
                 out[:, :, i:i + 1] = to_levels(frame) if lq.dtype == torch.uint8 else frame
             done = stop
         return out
 
-    def push(
-        self,
-        lq: torch.Tensor,  # the next (B,3,25,H,W), then (B,3,8,H,W), uint8 levels or floats in [-1,1], multiples of 128
-    ) -> torch.Tensor:  # (B,3,21,H,W), then (B,3,8,H,W), as lq: SR, 4 frames behind what was read
-        "One chunk from LQ to SR."
-        want = len(chunk(self.k).lq)
-        if lq.ndim != 5 or lq.shape[1:3] != (3, want) or lq.shape[3] % 128 or lq.shape[4] % 128:
-            raise ValueError(f"LeanStream.push: lq has shape {tuple(lq.shape)}; chunk {self.k} must be (B,3,{want},H,W), "
-                             "H and W multiples of 128")
-        latents = self._insist(lambda: self.denoise(lq))
-        lq = lq if self.ahead is None else torch.cat([self.ahead, lq], 2)
-        lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()
-        return self.finish(latents, lq)
+# %% ../nbs/06f_lean_stream.ipynb #2bb00f5f
+class _Insistent(_Pieces):
+    "A step happens or it does not; then it is tried again in another way."
 
-    def enlarge(
+    def change(
         self,
-        frames,  # the next 25, then 8, LR frames, (F,H,W,3) uint8
-    ) -> torch.Tensor:  # (21,3,4H,4W), then (8,3,4H,4W), uint8 in the host's memory
-        "One chunk from LR to SR."
-        parts = []
-        for frame in frames:
-            lq, (rows, cols) = prepare_lq(np.asarray(frame)[None], resize=self.model.cfg.resize, device=self.device)
-            parts.append(to_levels(lq).cpu())
-        return self.push(torch.cat(parts, 2))[0, :, :, rows, cols].transpose(0, 1)
+        *,
+        kind: str = "resident",  # this and what follows: as at the start, and again all of it
+        prefetch: bool = True,  # off-loaded caches: fetch the next layer's
+        release: bool = False,  # off-loaded caches: free their buffers before the decoder runs
+        int8_weights: bool = False,  # store the weights in INT8, for good
+        decoder_tile=None,  # latent cells, a number or (rows, columns); None: any frame whole
+        decoder_host: bool = False,  # keep the decoder's state in the host's memory
+    ):  # itself
+        "Go on in another way: what the caches hold moves along, layer by layer."
+        decoder = self.model.decoder
+        decoder.tile, decoder.store, self.release = decoder_tile, "cpu" if decoder_host else None, release
+        if self.decoder is not None:
+            self.decoder = [s.to("cpu" if decoder_host else self.device) for s in self.decoder]
+        if int8_weights:
+            quantize_weights(self.model)
+        if self.group is None or (kind, prefetch) != (self.group.kind, self.prefetch):
+            self.group, self.prefetch = CacheGroup(kind, prefetch=prefetch), prefetch
+            self.cache = self.group.make
+            for i, cache in enumerate(self.caches or ()):  # the old ones go as the new ones come
+                self.caches[i] = _moved(cache, _ring(cache).written, self.cache, self)
+        return self
 
     def _insist(self, step):
         "The result of `step()`; where memory runs out, the stream as before and the next way of saving memory."
@@ -221,3 +181,51 @@ class LeanStream(Stream):
                 torch.cuda.empty_cache()
             self.caches = [_rewound(c, n, self.cache, self) for c, n in zip(self.caches, written)] if written else None
             self.change(**options)
+
+# %% ../nbs/06f_lean_stream.ipynb #4dd372c4
+class LeanStream(_Insistent):
+    "A `Stream` whose frames are in the host's memory, and which can save more memory on the way and lose nothing."
+
+    def __init__(
+        self,
+        model,  # FlashVSR, or whatever has its cfg, dit, projector, decoder and cond
+        *,
+        kind: str = "resident",  # of KV caches: 'resident', 'offload', 'int8' or 'int8-offload'
+        prefetch: bool = True,  # off-loaded caches: fetch the next layer's while this one computes
+        int8_weights: bool = False,  # store the model's weights in INT8; changes the model, for good
+        release: bool = False,  # off-loaded caches: free their buffers on the device before the decoder runs
+        decoder_tile=None,  # largest frame decoded whole, latent cells of 8 px: a number or (rows, columns); None: any
+        decoder_host: bool = False,  # keep the decoder's state in the host's memory
+        step_down=None,  # function without arguments: what `change` gets when memory runs out; None: nothing left
+        **options,  # as for `Stream`
+    ):
+        self.group = None
+        super().__init__(model, **options)
+        self.step_down = step_down
+        self.change(kind=kind, prefetch=prefetch, release=release, int8_weights=int8_weights,
+                    decoder_tile=decoder_tile, decoder_host=decoder_host)
+
+    def push(
+        self,
+        lq: torch.Tensor,  # the next (B,3,25,H,W), then (B,3,8,H,W), uint8 levels or floats in [-1,1], multiples of 128
+    ) -> torch.Tensor:  # (B,3,21,H,W), then (B,3,8,H,W), as lq: SR, 4 frames behind what was read
+        "One chunk from LQ to SR."
+        want = len(chunk(self.k).lq)
+        if lq.ndim != 5 or lq.shape[1:3] != (3, want) or lq.shape[3] % 128 or lq.shape[4] % 128:
+            raise ValueError(f"LeanStream.push: lq has shape {tuple(lq.shape)}; chunk {self.k} must be "
+                             f"(B,3,{want},H,W), H and W multiples of 128")
+        latents = self._insist(lambda: self.denoise(lq))
+        lq = lq if self.ahead is None else torch.cat([self.ahead, lq], 2)
+        lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()
+        return self.finish(latents, lq)
+
+    def enlarge(
+        self,
+        frames,  # the next 25, then 8, LR frames, (F,H,W,3) uint8
+    ) -> torch.Tensor:  # (21,3,4H,4W), then (8,3,4H,4W), uint8 in the host's memory
+        "One chunk from LR to SR."
+        parts = []
+        for frame in frames:
+            lq, (rows, cols) = prepare_lq(np.asarray(frame)[None], resize=self.model.cfg.resize, device=self.device)
+            parts.append(to_levels(lq).cpu())
+        return self.push(torch.cat(parts, 2))[0, :, :, rows, cols].transpose(0, 1)

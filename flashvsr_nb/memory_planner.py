@@ -9,7 +9,7 @@ __all__ = ['Plan', 'plan', 'run_options', 'next_plan', 'stepper', 'open_stream']
 import math
 from dataclasses import dataclass, field, replace
 
-# %% ../nbs/07b_memory_planner.ipynb #51f301de
+# %% ../nbs/07b_memory_planner.ipynb #384db661
 _MIB, _CONTEXT = 2**20, 970  # MiB that the driver, CUDA and the screen take from a card: 9,270 are left of 10,240
 
 
@@ -39,7 +39,7 @@ def _stages(cfg, S, kind, *, int8_weights, prefetch, release, decoder_tile, deco
     u = 256 * cfg.dim / _MIB
     wide = (1536 + sum(cfg.proj_dims)) / 6656  # how wide the projector is, and the decoder, against the official ones
     deep = sum(n * 4**i for i, n in enumerate(cfg.decoder_channels)) / 11776
-    copy = 0 if int8_weights else 36 * cfg.proj_dims[0] * cfg.proj_dims[1] * 2 * 0.88 / _MIB  # cuDNN reorders the weights
+    copy = 0 if int8_weights else 63.4 * cfg.proj_dims[0] * cfg.proj_dims[1] / _MIB  # cuDNN reorders the weights
     projector = copy + wide * max(135, 80 + 8.2 * min(S, 140) + 4.6 * max(0, S - 140))
     dit = 11.1 * u * part + 0.8 * transient + 110
     kept = 0 if decoder_host else state
@@ -54,7 +54,7 @@ def _stages(cfg, S, kind, *, int8_weights, prefetch, release, decoder_tile, deco
                         weights + idle + 2 * kept + decoder + pixels)
     return 1.03 * peak + 350, host, 3000 + 2 * (state - kept) + (25 + 21) * image
 
-# %% ../nbs/07b_memory_planner.ipynb #01f21204
+# %% ../nbs/07b_memory_planner.ipynb #40a43e6e
 _EXACT, _INT8, _TILES = range(3)  # classes of strategies, best first
 
 
@@ -80,7 +80,8 @@ def _seconds(cfg, S, way, frame, twice=1):
     keys = 128 * min(cfg.key_blocks, 4 * S)
     dit = cfg.layers * tokens * (12 * D * D + 4 * 512 * D + 4 * D * cfg.ffn_dim + 4 * D * keys)
     cells, c = 256 * S, cfg.decoder_channels
-    per_cell = 9 * (784 * c[0] + c[0] ** 2) + 36 * (3 * c[0] ** 2 + 12 * c[1] ** 2 + 96 * c[2] ** 2) + 256 * 14 * c[3] ** 2
+    per_cell = (9 * (784 * c[0] + c[0] ** 2) + 36 * (3 * c[0] ** 2 + 12 * c[1] ** 2 + 96 * c[2] ** 2)
+                + 256 * 14 * c[3] ** 2)
     projector = 36 * 64 * S * 2 * (2 * 768 * cfg.proj_dims[0] + cfg.proj_dims[0] * cfg.proj_dims[1]) * 2
     tile = way.get("decoder_tile") or frame
     again = 1.0
@@ -94,7 +95,7 @@ def _seconds(cfg, S, way, frame, twice=1):
         exposed += 2 * 2 * 3 * 256 * S * (c[0] + 4 * c[1] + 16 * c[2]) * 2 * again
     return compute + exposed / 12e9
 
-# %% ../nbs/07b_memory_planner.ipynb #d66a62e0
+# %% ../nbs/07b_memory_planner.ipynb #bf26ffa6
 @dataclass(frozen=True)
 class Plan:
     "One way to run, what it needs, and what was compared to find it."
@@ -133,7 +134,7 @@ class Plan:
                 f"{self.name}" + ("" if self.fits else ", the smallest there is, and it does not fit"))
         return "\n".join([head, *table, "> chosen, x does not fit; time relative to all resident"])
 
-
+# %% ../nbs/07b_memory_planner.ipynb #9e676caf
 def plan(
     height: int,  # of the LR frames, px
     width: int,  # of the LR frames, px
@@ -179,12 +180,13 @@ def plan(
     best = next((p for p in found if p.fits), min(found, key=lambda p: p.vram))
     return replace(best, others=tuple(found))
 
-# %% ../nbs/07b_memory_planner.ipynb #85916d06
+# %% ../nbs/07b_memory_planner.ipynb #f2374908
 def run_options(
     plan: Plan,  # from `plan` or `next_plan`
 ) -> dict:  # keyword arguments of `LeanStream` and of its `change`
     "How a stream runs a plan; tiles are not the stream's business."
-    return {k: getattr(plan, k) for k in ("kind", "prefetch", "release", "int8_weights", "decoder_tile", "decoder_host")}
+    names = ("kind", "prefetch", "release", "int8_weights", "decoder_tile", "decoder_host")
+    return {k: getattr(plan, k) for k in names}
 
 
 def next_plan(

@@ -12,7 +12,8 @@ from torch import nn
 from flashvsr_nb.attention import LCSA
 from flashvsr_nb.decoder import TCDecoder
 from flashvsr_nb.dit import (
-    Block, Conditioning, CrossAttention, DiT, Head, ModelConfig, RMSNorm, SelfAttention, modulate, timestep_embedding)
+    Block, Conditioning, CrossAttention, DiT, Head, ModelConfig, RMSNorm, SelfAttention, block_in_rows, modulate,
+    timestep_embedding)
 from flashvsr_nb.kv_cache import LQProjector
 from flashvsr_nb.patching import rope_table
 
@@ -388,7 +389,7 @@ def test_one_block_in_rows_in_bfloat16():
         def __call__(self, q, k, *, grid):
             return masks[0]
 
-    lean = block.in_rows(x.clone(), t6, prompt, rope, rows=77, grid=(1, 2), policy=Forced()).float()
+    lean = block_in_rows(block, x.clone(), t6, prompt, rope, rows=77, grid=(1, 2), policy=Forced()).float()
     assert (lean - plain).abs().max() <= 2**-8 * plain.abs().max()
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from flashvsr_nb.attention import LCSA
-from flashvsr_nb.dit import Block, ModelConfig
+from flashvsr_nb.dit import Block, ModelConfig, block_in_rows
 from flashvsr_nb.kv_cache import chunk
 from flashvsr_nb.lean_stream import LeanStream, to_levels
 from flashvsr_nb.patching import rope_table
@@ -157,7 +157,7 @@ def exactness(cfg, device, dtype, grid=(4, 6)):
     plain = block(x, t6, prompt, rope, grid=grid, policy=cfg.lcsa, record=masks.append).float()
     out = {}
     for name, policy in dict(same_mask=Forced(masks[0]), own_mask=cfg.lcsa).items():
-        lean = block.in_rows(x.clone(), t6, prompt, rope, rows=4096, grid=grid, policy=policy).float()
+        lean = block_in_rows(block, x.clone(), t6, prompt, rope, rows=4096, grid=grid, policy=policy).float()
         out[name] = dict(l2=float((lean - plain).norm() / plain.norm()),
                          largest=float((lean - plain).abs().max() / plain.abs().max()))
     return out
