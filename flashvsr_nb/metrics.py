@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'Missing', 'Guide', 'Material', 'find_weights', 'Metric', 'open_metric']
 
-# %% ../nbs/10e_metrics.ipynb #cc6da758
+# %% ../nbs/10e_metrics.ipynb #e6c5594b
 import contextlib, hashlib, importlib, importlib.util, io, json, math, os, subprocess, sys, tempfile, threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,8 +16,9 @@ import torch
 
 from .evaluation import flicker, luma, motion, psnr, ssim, still_parts, warping_error
 from .naturalness import Unfit, niqe
+from .seams import seam_score
 
-# %% ../nbs/10e_metrics.ipynb #5689530b
+# %% ../nbs/10e_metrics.ipynb #be4088f8
 class Missing(Exception):
     "A metric that cannot be taken here: which file or package, and from where."
 
@@ -44,6 +45,7 @@ class Material:
     sr: np.ndarray  # (F,H,W,3) uint8: the frames to be marked
     hr: np.ndarray | None = None  # (F,H,W,3) uint8: the ground truth, if there is one
     guide: Guide | None = None  # motion of the truth; None: of `hr`, or else of `sr`
+    seams: tuple | None = None  # (rows, cols): lines of a grid of tiles, px of `sr`
     kept: dict = field(default_factory=dict)  # what metrics share
 
     def __post_init__(self):
@@ -74,6 +76,16 @@ def _pairs(
         return values
 
     return run
+
+# %% ../nbs/10e_metrics.ipynb #afb80b0a
+def _seam(m):
+    "How far the tiles' grid stands out, in standard deviations of grids shifted at random."
+    if not m.seams or not any(m.seams):
+        raise Unfit("no configuration is tiled, or one tile holds the frame")
+    try:
+        return [seam_score(m.sr, *m.seams).z]
+    except ValueError as error:  # a picture too small for shifted grids
+        raise Unfit(str(error)) from None
 
 # %% ../nbs/10e_metrics.ipynb #0cb37471
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
@@ -149,7 +161,7 @@ def _torchvision():
                 _torchvision.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")
 
-# %% ../nbs/10e_metrics.ipynb #c1122572
+# %% ../nbs/10e_metrics.ipynb #9665a09f
 _TURN = threading.Lock()  # where torch.hub looks, and stdout, belong to the whole process
 
 
@@ -181,7 +193,7 @@ def _with_files(
     found,  # where they are
 ):  # what `build` returns
     "Call a builder that looks for files in torch.hub's cache, with links there to those that were found."
-    tools = importlib.import_module("pyiqa.utils.download_util")
+    tools = sys.modules.get("pyiqa.utils.download_util")  # remembers where the cache was when it was imported
     with _TURN, tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         for (name, kind, _), place in zip(files, found):
             link = Path(scratch, kind, name)
@@ -190,14 +202,16 @@ def _with_files(
                 link.symlink_to(place.absolute())
             except OSError:  # Windows without the right to
                 link.hardlink_to(place.absolute())
-        before = torch.hub.get_dir(), tools.DEFAULT_CACHE_DIR
+        before = torch.hub.get_dir(), getattr(tools, "DEFAULT_CACHE_DIR", None)
         torch.hub.set_dir(scratch)
-        tools.DEFAULT_CACHE_DIR = str(Path(scratch, "pyiqa"))
+        if tools:
+            tools.DEFAULT_CACHE_DIR = str(Path(scratch, "pyiqa"))
         try:
             return build()
         finally:
             torch.hub.set_dir(before[0])
-            tools.DEFAULT_CACHE_DIR = before[1]
+            if tools:
+                tools.DEFAULT_CACHE_DIR = before[1]
 
 
 
@@ -241,7 +255,7 @@ def _vmaf(folder):
 
 
 
-# %% ../nbs/10e_metrics.ipynb #3ca966f1
+# %% ../nbs/10e_metrics.ipynb #6776d323
 _DOVER = dict(backbone={"technical": {"type": "swin_tiny_grpb", "checkpoint": True, "pretrained": None},
                         "aesthetic": {"type": "conv_tiny"}}, backbone_preserve_keys="technical,aesthetic",
               divide_head=True, vqa_head={"in_channels": 768, "hidden_channels": 64})
@@ -266,9 +280,12 @@ def _dover_views(data, frames):
         views, _ = data.spatial_temporal_view_decomposition(path, _VIEWS, samplers)
         np.random.set_state(state)
     mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
-    return {k: ((v - mean) / std).unflatten(1, (_VIEWS[k]["num_clips"], -1)).transpose(0, 1) for k, v in views.items()}
+    return {k: ((v - mean) / std).unflatten(1, (_VIEWS[k]["num_clips"], -1)).transpose(0, 1)
+            for k, v in ((k, views[k]) for k in _VIEWS)}  # scores come in this order
 
 
+
+# %% ../nbs/10e_metrics.ipynb #c21eb493
 def _dover(part):
     def make(folder):
         source = "https://github.com/VQAssessment/DOVER (pip install -e; licence: non-commercial)"
@@ -281,14 +298,16 @@ def _dover(part):
             network.load_state_dict(torch.load(found[0], map_location="cpu", weights_only=True))
             return network
 
-        network = _DOVER_LOADED.get(found[0]) or _DOVER_LOADED.setdefault(found[0], _with_trunk(load, found[1]))
+        if found[0] not in _DOVER_LOADED:  # its constructor asks torch.hub for a trunk that `load` overwrites
+            _DOVER_LOADED[found[0]] = _with_files(load, _DOVER_FILES[1:], found[1:])
+        network = _DOVER_LOADED[found[0]]
 
         def mark(m):
             if "dover" not in m.kept:
                 with _TURN:  # seeds are the process's
-                    a, t = (float(r.mean()) for r in network(_dover_views(data, m.sr)))
-                fused = 1 / (1 + math.exp(-(a - 0.1107) / 0.07355 * 0.6104 - (t + 0.08285) / 0.03774 * 0.3896))
-                m.kept["dover"] = {"overall": 100 * fused, "technical": a, "aesthetic": t}
+                    t, a = (float(r.mean()) for r in network(_dover_views(data, m.sr)))
+                fused = 1 / (1 + math.exp(-(t - 0.1107) / 0.07355 * 0.6104 - (a + 0.08285) / 0.03774 * 0.3896))
+                m.kept["dover"] = {"overall": 100 * fused, "technical": t, "aesthetic": a}
             return [m.kept["dover"][part]]
 
         return mark, found, None
@@ -297,19 +316,6 @@ def _dover(part):
 
 
 _DOVER_LOADED = {}  # one network for three lines of the table
-
-
-def _with_trunk(load, trunk):
-    "DOVER's constructor asks torch.hub for weights that are overwritten at once; the file at hand is enough."
-    with _TURN, contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as scratch:
-        before = torch.hub.get_dir()
-        Path(scratch, "checkpoints").mkdir()
-        Path(scratch, "checkpoints", trunk.name).symlink_to(trunk.absolute())
-        torch.hub.set_dir(scratch)
-        try:
-            return load()
-        finally:
-            torch.hub.set_dir(before)
 
 # %% ../nbs/10e_metrics.ipynb #690d63f1
 @dataclass(frozen=True)
@@ -329,7 +335,7 @@ def _plain(function): return lambda folder: (function, [], None)  # needs no wei
 
 
 
-# %% ../nbs/10e_metrics.ipynb #423478a8
+# %% ../nbs/10e_metrics.ipynb #891c0f33
 _LPIPS = _pyiqa("lpips", ("alexnet-owt-7be5be79.pth", "checkpoints", _TORCH),
                 ("LPIPS_v0.1_alex-df73285e.pth", "pyiqa", _PYIQA), truth=True)
 _STLPIPS = _pyiqa("stlpips", ("alex_shift_tolerant.pth", "pyiqa", _PYIQA), truth=True)
@@ -347,6 +353,8 @@ METRICS = {
         lambda m: flicker(m.sr, m.guide.still), "nothing stands still in this clip")), False, "levels", "pair"),
     "tlpips": Metric("tLPIPS: steps of LPIPS against the true ones", "lower", _over_time(_LPIPS), True, "", "pair"),
     "tstlpips": Metric("tLPIPS with ST-LPIPS", "lower", _over_time(_STLPIPS), True, "", "pair"),
+    "seam": Metric("steps on the grid of tiles against grids shifted at random", "lower", _plain(_seam), False, "σ",
+                   "clip"),
     "niqe": Metric("NIQE", "lower", _plain(_each(niqe, truth=False))),
     "musiq": Metric("MUSIQ, KonIQ-10k", "higher", _pyiqa(
         "musiq", ("musiq_koniq_ckpt-e95806b9.pth", "pyiqa", _PYIQA), truth=False)),

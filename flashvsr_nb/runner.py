@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate']
 
-# %% ../nbs/11c_runner.ipynb #e7c59a8e
+# %% ../nbs/11c_runner.ipynb #8fcbdb0f
 import csv, hashlib, json, os, re, shutil, tempfile, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .datasets import Manifest, checksum, fingerprint, load_item, read_manifest, read_part
 from .evaluation import bootstrap
-from .methods import METHODS, bicubic, check_frames, external, identity
+from .methods import METHODS, bicubic, check_frames, external, identity, tile_lines
 from .metrics import METRICS, Guide, Material, Missing, open_metric
 from .naturalness import Unfit
 
@@ -52,7 +52,7 @@ class _Stopped(Exception):
 
 def _safe(name): return re.sub(r"[^\w .-]", "_", name).strip(". ") or "_"
 
-# %% ../nbs/11c_runner.ipynb #66c18387
+# %% ../nbs/11c_runner.ipynb #929ceb8b
 _PACKAGES = "flashvsr_nb", "torch", "numpy", "av", "pillow", "pyiqa", "imageio-ffmpeg"
 
 
@@ -89,6 +89,8 @@ class _Setup:
         if "frames" in configuration:
             options["frames"] = fingerprint(external(configuration["frames"], item, self.plan.root))
         how = [item.degrade, item.seed, item.scale, item.frames, item.crop, item.border]
+        if metric == "seam":
+            how.append(next(({**c, "name": ""} for c in self.configurations if c.get("tile")), None))
         return _hash([self.versions, inputs, how, options, self.identity[configuration["name"]], self.plan.seed, metric,
                       METRICS[metric].about, self.about[metric]["weights"]])
 
@@ -102,7 +104,7 @@ class _Setup:
         with self.lock:
             self.problems.append((item.set, item.clip, configuration and configuration["name"], metric, _words(error)))
 
-# %% ../nbs/11c_runner.ipynb #7f10f761
+# %% ../nbs/11c_runner.ipynb #b0670c5e
 def _inside(item, frames):
     "What metrics look at: frames without their border."
     b = item.border
@@ -121,6 +123,8 @@ def _keep(folder, frames):
     part.rename(folder)
 
 
+
+# %% ../nbs/11c_runner.ipynb #0a5d263e
 class _Frames(_Setup):
     "Where frames come from."
     def load(self, item):
@@ -161,7 +165,9 @@ class _Frames(_Setup):
             sr = method(lq.copy(), **options)
         sr = check_frames(sr, (len(lq), lq.shape[1] * item.scale, lq.shape[2] * item.scale, 3))
         seconds = time.perf_counter() - begin if "method" in configuration else None
-        return Material(_inside(item, sr), None if hr is None else _inside(item, hr), guide), seconds
+        grid = next((c for c in (configuration, *self.configurations) if c.get("tile")), None)
+        seams = tile_lines(grid, lq.shape[1:3], border=item.border) if grid and item.scale == 4 else None
+        return Material(_inside(item, sr), None if hr is None else _inside(item, hr), guide, seams), seconds
 
 # %% ../nbs/11c_runner.ipynb #4fc01c59
 class _Run(_Frames):
