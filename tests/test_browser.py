@@ -308,7 +308,7 @@ def test_notebook_12_in_jupyterlab(notebook):
     for _ in range(3):
         page.keyboard.press("ArrowLeft")  # in command mode JupyterLab would take it
     assert slider.input_value() == "6"
-    moves_all(page, "Seam viewer", {"split": 0.8, "heat": 1, "frame": 5, "seam": 1, "reach": 60, "zoom": 3})
+    moves_all(page, "Seam viewer", {"split": 0.8, "heat": 1, "frame": 5, "seam": 0, "reach": 60, "zoom": 3})
     page.close()
 
 
