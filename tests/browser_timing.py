@@ -1,4 +1,4 @@
-"""How fast the widgets answer: `python tests/browser_timing.py` runs notebooks in JupyterLab, moves every slider, writes JSON."""
+"""How fast widgets answer: `python tests/browser_timing.py` runs notebooks in JupyterLab, moves sliders, writes JSON."""
 import json
 import os
 import statistics
@@ -41,13 +41,14 @@ def main():
                 page.close()
                 store(chromium.version, rows)
     for name, row in rows.items():
-        print(f"{name:36} drawn {row['draw_ms']:6.1f} (worst {row['draw_worst_ms']:6.1f}), on screen {row['frame_ms']:6.1f} ms")
+        print(f"{name:36} drawn {row['draw_ms']:6.1f} ms (worst {row['draw_worst_ms']:.1f}), shown {row['frame_ms']:6.1f}")
 
 
 def store(version, rows):
-    machine = f"Chromium {version.split('.')[0]}, headless, software rendering, {os.cpu_count()} CPU cores, in JupyterLab"
+    machine = f"JupyterLab in Chromium {version.split('.')[0]}, headless, software rendering, {os.cpu_count()} CPU cores"
     path = bp.ROOT / "data" / "results" / "widgets.json"
-    path.write_text(json.dumps({"machine": machine, "load": round(os.getloadavg()[0], 1), "sliders": rows}, indent=1) + "\n")
+    result = {"machine": machine, "load": round(os.getloadavg()[0], 1), "sliders": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
