@@ -140,17 +140,17 @@ class SelfAttention(_Attention):
         record=None, # called with the block mask
     ) -> torch.Tensor: # (B, L, D)
         "Queries of this chunk against its own keys and the cached ones"
-        q, k, v = (f(x, *rope) for f in (self.queries, self.keys, self.values))
+        q, k, v = (f(x, *rope) for f in (self._queries, self._keys, self._values))
         if cache is not None: k, v = cache.update(k, v)
         mask = policy(q, k, grid=grid)
         if record is not None: record(mask)
         return self.o(_merge(attend(q, k, v, block_mask=mask, block_size=policy.block_size, backend=backend)))
 
-    def queries(self, x, cos, sin): return apply_rope(_heads(self.norm_q(self.q(x)), self.heads), cos, sin)
+    def _queries(self, x, cos, sin): return apply_rope(_heads(self.norm_q(self.q(x)), self.heads), cos, sin)
 
-    def keys(self, x, cos, sin): return apply_rope(_heads(self.norm_k(self.k(x)), self.heads), cos, sin)
+    def _keys(self, x, cos, sin): return apply_rope(_heads(self.norm_k(self.k(x)), self.heads), cos, sin)
 
-    def values(self, x, cos, sin): return _heads(self.v(x), self.heads)
+    def _values(self, x, cos, sin): return _heads(self.v(x), self.heads)
 
 # %% ../nbs/04_dit.ipynb #6e967884
 class CrossAttention(_Attention):
@@ -209,11 +209,11 @@ class Block(nn.Module):
         rope: tuple, # as for `forward`
         *,
         rows: int, # tokens at a time, outside attention
-        grid: tuple, # this and what follows: as for `SelfAttention`
-        policy,
-        cache=None,
-        backend: str = 'auto',
-        record=None,
+        grid: tuple, # (rows, cols) of blocks in a slab
+        policy, # as for `SelfAttention`; LCSA gets the queries slab by slab, any other all at once
+        cache=None, # as for `SelfAttention`
+        backend: str = 'auto', # attention back end
+        record=None, # called with the block mask of all queries
     ) -> torch.Tensor: # x itself
         "What `forward` gives, in place and without its large intermediates; no gradients"
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + t6).split(1, 1)
@@ -227,11 +227,11 @@ class Block(nn.Module):
                 out[:, :, at.start - start:at.stop - start] = project(y, *(t[at] for t in rope))
             return out
 
-        k, v = (heads(f, 0, x.shape[1]) for f in (self.self_attn.keys, self.self_attn.values))
+        k, v = (heads(f, 0, x.shape[1]) for f in (self.self_attn._keys, self.self_attn._values))
         if cache is not None: k, v = cache.update(k, v)
         masks = []
         for whole in _pieces(0, x.shape[1], slab): # x[:, whole] is read for the last time, then replaced
-            y = heads(self.self_attn.queries, whole.start, whole.stop)
+            y = heads(self.self_attn._queries, whole.start, whole.stop)
             mask = policy(y, k, grid=grid)
             if record is not None: masks.append(mask)
             y = attend(y, k, v, block_mask=mask, block_size=policy.block_size, backend=backend)

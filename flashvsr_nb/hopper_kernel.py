@@ -39,16 +39,22 @@ def _load(q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, k_free, v_full,
         else:
             _fetch(v_desc, [k_row + first, 0], v_full.index(slot), v_s.index(slot))
 
-# %% ../nbs/09b_hopper_kernel.ipynb #cd57b57a
+# %% ../nbs/09b_hopper_kernel.ipynb #08139048
+@gluon.constexpr_function
+def _mma_layout(columns, depth):
+    "How the 128 threads of a warp group hold the 64×`columns` result of a product in steps of `depth`."
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, depth])
+
+
 @gluon.jit
 def _softmax_step(s, scale, top, total, FP8: gl.constexpr):
     "Weights of one tile from its INT32 products, and what the running maximum, sum and factor become."
-    new = gl.maximum(top, gl.max(s, 1).to(gl.float32) * scale)
+    new = gl.maximum(top, gl.max(s, 1).to(gl.float32) * scale)  # scales are never negative
     x = (s + 0x4B400000).to(gl.float32, bitcast=True)  # 1.5·2²³ + s, by an integer addition
     shift = new + 12582912.0 * scale
     if FP8:
         shift -= 8.807354922057604  # log2(448): weights up to the largest e4m3; the sum grows alike
-    p = gl.exp2(x * scale - gl.expand_dims(shift, 1))
+    p = gl.exp2(x * gl.expand_dims(scale, 1) - gl.expand_dims(shift, 1))
     fade = gl.exp2(top - new)
     return p, new, total * fade + gl.sum(p, 1), fade
 
@@ -72,16 +78,10 @@ def _values(v, FP8: gl.constexpr):
     else:
         return v
 
-# %% ../nbs/09b_hopper_kernel.ipynb #077d140a
-@gluon.constexpr_function
-def _mma_layout(columns, depth):
-    "How the 128 threads of a warp group hold the 64×`columns` result of a product in steps of `depth`."
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, depth])
-
-
+# %% ../nbs/09b_hopper_kernel.ipynb #0cd6215f
 @gluon.jit
-def _attend_half(half: gl.constexpr, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, scales, n, count, VS, OUT,
-                 row, tokens, head):
+def _attend_half(half: gl.constexpr, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, QS, scales, n, count, VS,
+                 OUT, row, tokens, head):
     "One warp group: 64 query rows against every tile."
     M: gl.constexpr = q_s.shape[1]
     RING: gl.constexpr = k_s.shape[0]
@@ -97,7 +97,9 @@ def _attend_half(half: gl.constexpr, q_s, k_s, v_s, q_full, k_full, k_free, v_fu
     total = gl.zeros([M], gl.float32, gl.SliceLayout(1, SCORES))
     zero = gl.zeros([M, BK], gl.int32, SCORES)
     acc = gl.zeros([M, D], gl.float32, RESULT)
-    scale = gl.load(scales)
+    r = gl.arange(0, M, gl.SliceLayout(1, SCORES))
+    q_scale = gl.load(QS + half * M + r)
+    scale = q_scale * gl.load(scales)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q, k_s.index(0).permute((1, 0)), zero, use_acc=False)
@@ -105,7 +107,7 @@ def _attend_half(half: gl.constexpr, q_s, k_s, v_s, q_full, k_full, k_free, v_fu
     p, top, total, fade = _softmax_step(s, scale, top, total, FP8)
     w = _weights(p, WEIGHTS, FP8)
     for t in range(1, n):
-        scale = gl.load(scales + t)
+        scale = q_scale * gl.load(scales + t)
         slot = t % RING
         mbarrier.wait(k_full.index(slot), (t // RING) & 1)
         s = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -133,17 +135,19 @@ def _attend_half(half: gl.constexpr, q_s, k_s, v_s, q_full, k_full, k_free, v_fu
     at = (head.to(gl.int64) * tokens + r)[:, None] * D + d[None, :]
     gl.store(OUT + at, out, mask=(r < tokens)[:, None])
 
-# %% ../nbs/09b_hopper_kernel.ipynb #8c185160
+# %% ../nbs/09b_hopper_kernel.ipynb #fbe7eaf3
 @gluon.jit
-def _upper(q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, scales, n, count, VS, OUT, row, tokens, head):
-    _attend_half(0, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, scales, n, count, VS, OUT, row, tokens, head)
+def _upper(q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, QS, scales, n, count, VS, OUT, row, tokens, head):
+    _attend_half(0, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, QS, scales, n, count, VS, OUT, row, tokens,
+                 head)
 
 
 @gluon.jit
-def _lower(q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, scales, n, count, VS, OUT, row, tokens, head):
-    _attend_half(1, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, scales, n, count, VS, OUT, row, tokens, head)
+def _lower(q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, QS, scales, n, count, VS, OUT, row, tokens, head):
+    _attend_half(1, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, QS, scales, n, count, VS, OUT, row, tokens,
+                 head)
 
-# %% ../nbs/09b_hopper_kernel.ipynb #58e64782
+# %% ../nbs/09b_hopper_kernel.ipynb #f046bf75
 @gluon.jit
 def _ring_barriers(RING: gl.constexpr, count: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -153,7 +157,7 @@ def _ring_barriers(RING: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
-def _hopper(q_desc, k_desc, v_desc, VS, COLS, SCALES, COUNT, OUT, tokens, padded, nq, nk, RING: gl.constexpr):
+def _hopper(q_desc, k_desc, v_desc, QS, VS, COLS, SCALES, COUNT, OUT, tokens, padded, nq, nk, RING: gl.constexpr):
     "One query block of 128 rows: two warp groups compute, one warp loads."
     i, head = gl.program_id(0), gl.program_id(1)
     BK: gl.constexpr = k_desc.block_type.shape[0]
@@ -173,7 +177,7 @@ def _hopper(q_desc, k_desc, v_desc, VS, COLS, SCALES, COUNT, OUT, tokens, padded
     at = head.to(gl.int64) * nq + i
     count = gl.load(COUNT + at)
     n = gl.maximum(count, 1)  # a row without keys walks one tile and stores zeros
-    work = (q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, SCALES + at * nk, n, count, VS, OUT,
+    work = (q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free, QS + at * 2 * M, SCALES + at * nk, n, count, VS, OUT,
             i * 2 * M, tokens, head)
     gl.warp_specialize([
         (_upper, work), (_lower, work),
@@ -181,7 +185,7 @@ def _hopper(q_desc, k_desc, v_desc, VS, COLS, SCALES, COUNT, OUT, tokens, padded
                  (head * nq + i) * 2 * M, head * padded, head * D)),
     ], [4, 1], [240, 24])
 
-# %% ../nbs/09b_hopper_kernel.ipynb #f0920415
+# %% ../nbs/09b_hopper_kernel.ipynb #10026374
 def _descriptor(x, rows, columns):
     "How the copy engine finds a tile of a matrix."
     kind = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16}[x.dtype]
@@ -191,8 +195,9 @@ def _descriptor(x, rows, columns):
 
 def attend_hopper(
     q8: torch.Tensor,  # INT8 (B,heads,whole query blocks · 128,d), d 64 or 128
+    qs: torch.Tensor,  # float32 (B,heads,whole query blocks · 128): their scales, so that scores are powers of 2
     cols: torch.Tensor,  # int32 (B,heads,query blocks,key blocks): the kept ones first; the first entry always exists
-    scales: torch.Tensor,  # float32, as cols: what turns the products into scores, in powers of 2
+    scales: torch.Tensor,  # float32, as cols: of the keys
     count: torch.Tensor,  # int32 (B,heads,query blocks): entries of each list
     kv,  # flashvsr_nb.sparge_kernel.PreparedKV, whole key blocks
     out: torch.Tensor,  # (B,heads,query tokens,d), contiguous: written
@@ -203,6 +208,6 @@ def attend_hopper(
     nq, nk = cols.shape[2:]
     v_desc = _descriptor(kv.v, d, bk) if fp8 else _descriptor(kv.v, bk, d)
     _hopper[nq, b * h](
-        _descriptor(q8, 64, d), _descriptor(kv.k, bk, d), v_desc, kv.v_scale if fp8 else scales,
-        cols, scales, count, out, tokens, padded, nq, nk, RING=RINGS[bk], num_warps=4)
+        _descriptor(q8, 64, d), _descriptor(kv.k, bk, d), v_desc, qs, kv.v_scale if fp8 else scales,
+        cols, scales, count, out, tokens, padded, nq, nk, RING=RINGS[bk], num_warps=4, enable_fp_fusion=True)
     return out

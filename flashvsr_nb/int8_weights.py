@@ -33,7 +33,7 @@ def dequantize_rows(
     "q * scale: the weights again, up to half a step."
     return torch.mul(q, scale.float().view(-1, *[1] * (q.ndim - 1)), out=torch.empty_like(q, dtype=dtype))
 
-# %% ../nbs/06e_int8_weights.ipynb #70345e02
+# %% ../nbs/06e_int8_weights.ipynb #ce313299
 class _Int8(nn.Module):
     "A layer without `weight`: `q` and `scale` instead, and its outputs a part of the channels at a time."
     axis, part = 1, 2**24  # where the output channels are; weights turned back at a time
@@ -56,7 +56,7 @@ class _Int8(nn.Module):
     ) -> torch.Tensor:  # likewise
         "The layer's output, part of the channels by part."
         n = max(1, self.part // self.q[0].numel())
-        parts = [self.apply_rows(x, dequantize_rows(self.q[i:i + n], self.scale[i:i + n], dtype=x.dtype),
+        parts = [self._apply_rows(x, dequantize_rows(self.q[i:i + n], self.scale[i:i + n], dtype=x.dtype),
                                  None if self.bias is None else self.bias[i:i + n]) for i in range(0, len(self.q), n)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
 
@@ -66,23 +66,23 @@ class Int8Linear(_Int8, nn.Linear):
     axis = -1
 
     @staticmethod
-    def apply_rows(x, w, b): return F.linear(x, w, b)
+    def _apply_rows(x, w, b): return F.linear(x, w, b)
 
 
 class Int8Conv2d(_Int8, nn.Conv2d):
     "`nn.Conv2d` with INT8 weights."
-    def apply_rows(self, x, w, b): return self._conv_forward(x, w, b)
+    def _apply_rows(self, x, w, b): return self._conv_forward(x, w, b)
 
 
 class Int8UpConv(_Int8, UpConv):
     "`UpConv` with INT8 weights."
-    def apply_rows(self, x, w, b): return self.enlarge(x, w)
+    def _apply_rows(self, x, w, b): return self.enlarge(x, w)
 
 
 class Int8StackedConv(_Int8, StackedConv):
     "`StackedConv` with INT8 weights."
     @staticmethod
-    def apply_rows(x, w, b): return stacked_conv(x, w.flatten(1, 2), b)
+    def _apply_rows(x, w, b): return stacked_conv(x, w.flatten(1, 2), b)
 
 
 _KINDS = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d, UpConv: Int8UpConv, StackedConv: Int8StackedConv}

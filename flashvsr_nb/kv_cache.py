@@ -163,7 +163,19 @@ class ChannelNorm(nn.Module):
         floor = max(1e-12, torch.finfo(x.dtype).tiny) # 1e-12 is 0 in float16, and 0/0 is no number
         return F.normalize(x, dim=1, eps=floor) * x.shape[1] ** 0.5 * self.gamma[..., 0]
 
-# %% ../nbs/05_kv_cache.ipynb #75a3f7a6
+# %% ../nbs/05_kv_cache.ipynb #8de2f3f9
+def _conv(conv, norm, x, budget=2**26): # (B, 2+2m, C, h, w) -> (B, m, C', h, w)
+    "The 3-D convolution of stride 2 as a 2-D one over 4 stacked frames: the same sums; large frames in strips"
+    x = x.unfold(1, 4, 2) # B, m, C, h, w, 4
+    b, m, c, h, w, _ = x.shape
+    rows, out = max(1, budget // (b * m * c * 4 * w)), []
+    for top in range(0, h, rows): # a strip reads one more row on each side, the outermost twice
+        near = torch.arange(top - 1, min(top + rows, h) + 1, device=x.device).clamp(0, h - 1)
+        y = x.permute(0, 1, 2, 5, 3, 4).index_select(4, near).view(b * m, c * 4, len(near), w)
+        out.append(F.silu(norm(conv(F.pad(y, (1, 1, 0, 0), mode='replicate')))))
+    return (out[0] if len(out) == 1 else torch.cat(out, 2)).view(b, m, -1, h, w)
+
+# %% ../nbs/05_kv_cache.ipynb #89cf37ab
 class LQProjector(nn.Module):
     "LQ frames to DiT tokens, 4 frames ahead of the latents they condition; keys as in LQ_proj_in.ckpt"
     def __init__(
@@ -194,13 +206,13 @@ class LQProjector(nn.Module):
         if not x.shape[1]: return lq.new_zeros(len(lq), 0, self.linear_layers[0].out_features), state
         if self.variant == 'buffer': # the cache is overwritten before it is read: each clip of 4 frames is its own past
             clips = x.unflatten(1, (-1, 4)).flatten(0, 1)
-            y = self._conv(self.conv1, self.norm1, torch.cat([clips[:, 2:], clips], 1))
-            y = self._conv(self.conv2, self.norm2, torch.cat([y, y], 1)).unflatten(0, (len(x), -1)).squeeze(2)
+            y = _conv(self.conv1, self.norm1, torch.cat([clips[:, 2:], clips], 1))
+            y = _conv(self.conv2, self.norm2, torch.cat([y, y], 1)).unflatten(0, (len(x), -1)).squeeze(2)
         else:
             x = torch.cat([state[0], x], 1)
-            y = torch.cat([state[1], self._conv(self.conv1, self.norm1, x)], 1)
+            y = torch.cat([state[1], _conv(self.conv1, self.norm1, x)], 1)
             state = x[:, -2:].clone(), y[:, -2:].clone() # views would keep the whole chunk alive
-            y = self._conv(self.conv2, self.norm2, y)
+            y = _conv(self.conv2, self.norm2, y)
         return self.linear_layers[0](y.permute(0, 1, 3, 4, 2).flatten(1, 3)), state
 
     @staticmethod
@@ -212,17 +224,5 @@ class LQProjector(nn.Module):
 
     def _first(self, x): # frame 0 stands for its own past
         if self.variant == 'buffer': return ()
-        first = self._conv(self.conv1, self.norm1, x.expand(-1, 4, -1, -1, -1))
+        first = _conv(self.conv1, self.norm1, x.expand(-1, 4, -1, -1, -1))
         return x.expand(-1, 2, -1, -1, -1), first.expand(-1, 2, -1, -1, -1)
-
-    @staticmethod
-    def _conv(conv, norm, x, budget=2**26): # (B, 2+2m, C, h, w) -> (B, m, C', h, w)
-        "The 3-D convolution of stride 2 as a 2-D one over 4 stacked frames: the same sums; large frames in strips"
-        x = x.unfold(1, 4, 2) # B, m, C, h, w, 4
-        b, m, c, h, w, _ = x.shape
-        rows, out = max(1, budget // (b * m * c * 4 * w)), []
-        for top in range(0, h, rows): # a strip reads one more row on each side, the outermost twice
-            near = torch.arange(top - 1, min(top + rows, h) + 1, device=x.device).clamp(0, h - 1)
-            y = x.permute(0, 1, 2, 5, 3, 4).index_select(4, near).view(b * m, c * 4, len(near), w)
-            out.append(F.silu(norm(conv(F.pad(y, (1, 1, 0, 0), mode='replicate')))))
-        return (out[0] if len(out) == 1 else torch.cat(out, 2)).view(b, m, -1, h, w)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .attention import Backend, attend_gathered
 from .small_caches import quantize_blocks
 
-# %% ../nbs/08_sage_attention.ipynb #21c0ad83
+# %% ../nbs/08_sage_attention.ipynb #7ea33397
 GROUPS = {  # (n, groups, m) of queries, of keys: in a run of n·groups·m tokens, token t is in group t // m % groups
     "block": ((128, 1, 1), (64, 1, 1)),  # SageAttention 1
     "warp": ((32, 1, 1), (64, 1, 1)),  # the rows that 32 threads handle together
@@ -28,7 +28,7 @@ def quantize_tokens(
     x: torch.Tensor,  # (B,heads,tokens,d), any number of tokens
     group: tuple = (64, 1, 1),  # (n, groups, m) as in `GROUPS`
 ) -> tuple:  # int8 as x; float32 (B,heads,tokens): the scale of every token
-    "Symmetric INT8, one scale per group of n·m tokens (SageAttention2, section 3.2)."
+    "Symmetric INT8, one scale per group of n·m tokens (per block arXiv 2410.02367, per thread arXiv 2411.10958)."
     (n, groups, m), tokens = group, x.shape[2]
     y = F.pad(x, (0, 0, 0, -tokens % (n * groups * m))).unflatten(2, (-1, n, groups, m))
     codes, scale = quantize_blocks(y.transpose(3, 4).flatten(2, 5), n * m)  # the tokens of a group side by side
@@ -36,10 +36,10 @@ def quantize_tokens(
     scale = scale.view(*x.shape[:2], -1, 1, groups, 1).expand(-1, -1, -1, n, -1, m).flatten(2)
     return codes[:, :, :tokens], scale[:, :, :tokens]
 
-# %% ../nbs/08_sage_attention.ipynb #9ce8ebdb
+# %% ../nbs/08_sage_attention.ipynb #9d729af5
 def _fit_half(v, limit=1000.0):
     "v / s and s = 1, 2, 4 …, per head, such that a sum of 64 values fits float16."
-    top = v.detach().float().abs().amax((2, 3), keepdim=True)
+    top = v.abs().amax((2, 3), keepdim=True).float()
     s = torch.exp2(torch.log2(top / limit).ceil().clamp_min(0))
     return (v / s).to(v.dtype), s
 
@@ -69,11 +69,11 @@ def sage_reference(
     groups: str = "block",  # who shares a scale: a name in `GROUPS`
     pv: str = "fp16",  # type of P and V in their product: "fp16", "bf16", "fp8" (E4M3)
 ) -> torch.Tensor:  # as q; rows without keys give 0
-    "What the INT8 kernels compute, up to the order of sums, in plain PyTorch (arXiv 2410.02367, algorithm 1)."
+    "What the INT8 kernels compute, up to the order of sums, in plain PyTorch (arXiv 2410.02367, 2411.10958)."
     for name, given, allowed in (("groups", groups, tuple(GROUPS)), ("pv", pv, ("fp16", "bf16", "fp8"))):
         if given not in allowed:
             raise ValueError(f"sage_reference: {name}={given!r} is unknown; choose from {', '.join(allowed)}")
-    k = k.float() - k.float().mean(2, keepdim=True) if smooth else k
+    k = k - k.mean(2, keepdim=True, dtype=torch.float32) if smooth else k
     (qi, qs), (ki, ks) = (quantize_tokens(x, group) for x, group in zip((q, k), GROUPS[groups]))
     qs, ki = qs * (q.shape[-1] ** -0.5 if scale is None else scale), ki.float()  # float32 holds sums of 1040 products
     round_p, v, unit = _values(v, pv)
@@ -87,7 +87,7 @@ def sage_reference(
         out[:, :, at] = (round_p(p) @ v * unit / p.sum(-1, keepdim=True).clamp_min(1e-30)).to(q.dtype)
     return out
 
-# %% ../nbs/08_sage_attention.ipynb #393979ba
+# %% ../nbs/08_sage_attention.ipynb #81d5f1b8
 def _package(): return importlib.import_module("sageattention")
 
 
@@ -126,7 +126,7 @@ def sage_package(
         extra["smooth_k"] = False  # done here: it would do it in place
     elif dtype == torch.float32:
         q, k, v = (x.bfloat16() for x in (q, k, v))  # 2.x takes 16 bits only; INT8 rounds more than that
-    k = (k.float() - k.float().mean(2, keepdim=True)).to(k.dtype)
+    k = (k - k.mean(2, keepdim=True, dtype=torch.float32)).to(k.dtype)  # a new tensor
     v, s = _fit_half(v)
     width = next(w for w in (64, 96, 128) if d <= w)
     q, k, v = (F.pad(x, (0, width - d)).contiguous() for x in (q, k, v))

@@ -135,7 +135,7 @@ class _OnRing:
         "Which slab lies where"
         return self.ring.order
 
-# %% ../nbs/05a_small_caches.ipynb #e5ee9258
+# %% ../nbs/05a_small_caches.ipynb #4eb70c88
 class QuantizedCache(_OnRing):
     "Keys and values in INT8, quantised once, when written: half the bytes of bfloat16"
     def __init__(
@@ -161,7 +161,7 @@ class QuantizedCache(_OnRing):
     ) -> QuantizedKV: # all that this chunk attends to, good until the next write (off-loaded: in the group)
         "Quantise the chunk's keys and values over the oldest slabs"
         _check_slabs(self, k)
-        n = k.shape[2] // self.slab
+        n, k, v = k.shape[2] // self.slab, k.detach(), v.detach()
         if self.mean == 'first' and self.frozen is None: self.frozen = k.mean(2, keepdim=True, dtype=torch.float32)
         slabs = [self._quantize(_rows(k, i, n), _rows(v, i, n)) for i in range(n)]
         self.kv = QuantizedKV(*self.ring.put([torch.cat(parts, 2) for parts in zip(*slabs)], n))
@@ -245,7 +245,7 @@ class _Buffer: # device tensors (rows, B, heads, ...) lent to one ring after the
 
     def holds(self, ring, slots): return (self.ring(), self.written, self.slots) == (ring, ring.written, slots)
 
-# %% ../nbs/05a_small_caches.ipynb #16b2f6b8
+# %% ../nbs/05a_small_caches.ipynb #1f4f2d19
 class _Staging:
     "What the off-loaded rings of all layers share: buffers on the device, a queue for each direction"
     def __init__(self, prefetch):
@@ -275,7 +275,7 @@ class _Staging:
         (here, load, _), buffer = self.lanes, self.buffers[0]
         shapes = [((x.shape[0] // ring.keep * slots, *x.shape[1:]), x.dtype) for x in ring.host.tensors]
         if [(t.shape, t.dtype) for t in buffer.tensors] != shapes:
-            buffer.tensors = () # first free, then allocate
+            buffer.ring, buffer.tensors = (lambda: None), () # first free, then allocate; if that fails, nothing is held
             with torch.inference_mode(False):
                 buffer.tensors = [torch.empty(shape, dtype=dtype, device=here.device) for shape, dtype in shapes]
             for lane in self.lanes[1:]: lane.uses(buffer.tensors)
@@ -298,7 +298,7 @@ class _Staging:
         slots = after.room(1)
         if not any(b.holds(after, slots) for b in self.buffers): self.load(after, slots)
 
-# %% ../nbs/05a_small_caches.ipynb #8f541960
+# %% ../nbs/05a_small_caches.ipynb #8cdb9aa0
 class _HostRing(_Ring):
     "A ring whose kept slabs are in the host's memory and visit the device"
     def __init__(self, keep, staging):
@@ -314,6 +314,9 @@ class _HostRing(_Ring):
         return [t.movedim(0, 2) for t in self.buffer.tensors]
 
     def _close(self, n): self.staging.give(self, self.buffer, n)
+
+    def settle(self): # wait until the host's tensors may be read by the host itself
+        if self.saved is not None: self.saved.synchronize()
 
 class OffloadedCache(_OnRing):
     "A `KVCache` whose slabs are in the host's memory: the device holds those of this layer and of the next"

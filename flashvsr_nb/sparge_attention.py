@@ -49,15 +49,25 @@ def block_mass(
             for part in q.split(block_size[0], 2)]
     return torch.stack(rows, 2)
 
-# %% ../nbs/09_sparge_attention.ipynb #903dcdce
+# %% ../nbs/09_sparge_attention.ipynb #b3964239
 def block_similarity(
     x: torch.Tensor,  # (B,heads,tokens,d), whole blocks
     block: int,  # tokens per block
+    *,
+    mean: torch.Tensor | float = 0.0,  # (B,heads,1,d) to subtract first: μ for keys
 ) -> torch.Tensor:  # (B,heads,blocks) float32, 0 … 1
     "Mean cosine of all pairs of tokens of a block, itself included: the squared length of the mean unit vector."
-    return pool_blocks(F.normalize(x.float(), dim=-1), block).square().sum(-1)
+    parts = x.split(64 * block, 2)  # a few blocks at a time: copies stay small beside a cache of keys
+    means = [pool_blocks(F.normalize(part.float() - mean, dim=-1), block) for part in parts]
+    return torch.cat(means, 2).square().sum(-1)
 
-# %% ../nbs/09_sparge_attention.ipynb #a668c51e
+# %% ../nbs/09_sparge_attention.ipynb #6eeef1a6
+def _threshold(x, dims):
+    "A number stays on the CPU, where looking at it costs no wait for a GPU; one per head is shaped to broadcast."
+    x = torch.as_tensor(x, dtype=torch.float64)
+    return x.reshape(-1, *[1] * dims) if x.ndim else x
+
+
 def select_mass(
     p: torch.Tensor,  # (B,heads,query blocks,key blocks) draft probabilities
     *,
@@ -69,9 +79,10 @@ def select_mass(
     if (cdf is None) == (topk is None):
         raise ValueError(f"select_mass: cdf={cdf}, topk={topk}; give exactly one of them")
     value, order = p.sort(dim=-1, descending=True, stable=True)
-    share = torch.as_tensor(topk if cdf is None else cdf, dtype=torch.float64, device=p.device).reshape(-1, 1, 1)
+    share = _threshold(topk if cdf is None else cdf, 2)
     if not ((share >= 0) & (share <= 1)).all():
         raise ValueError(f"select_mass: cdf={cdf}, topk={topk}; it must lie between 0 and 1")
+    share = share.to(p.device) if share.ndim else share
     if cdf is not None:
         keep = (value.cumsum(-1, dtype=torch.float64) <= share) | (share == 1)  # rounded sums may pass 1
     else:
@@ -81,7 +92,7 @@ def select_mass(
     keep[..., 0] = True
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
-# %% ../nbs/09_sparge_attention.ipynb #9ee0747f
+# %% ../nbs/09_sparge_attention.ipynb #380da933
 def sparge_mask(
     q: torch.Tensor,  # (B,heads,query tokens,d), after RoPE, whole blocks
     k: torch.Tensor,  # (B,heads,key tokens,d), whole blocks
@@ -97,7 +108,7 @@ def sparge_mask(
     if q.shape[2] % bq or k.shape[2] % bk:
         raise ValueError(f"sparge_mask: {q.shape[2]} query and {k.shape[2]} key tokens; they must be whole blocks of "
                          f"block_size={tuple(block_size)}")
-    theta = torch.as_tensor(similarity, dtype=torch.float32, device=q.device).reshape(-1, 1)  # for (B, heads, blocks)
+    theta = _threshold(similarity, 1)  # for (B, heads, blocks)
     for name, given in (("similarity", similarity), ("cdf", cdf), ("topk", topk)):
         if given is not None and torch.as_tensor(given).numel() not in (1, heads):
             raise ValueError(f"sparge_mask: {name}={given}; it must be one number, or {heads}, one per head")
@@ -106,7 +117,8 @@ def sparge_mask(
     chosen = torch.ones_like(score, dtype=torch.bool) if within is None else within
     open_, forced = chosen, torch.zeros_like(chosen)
     if (theta >= 0).any():
-        lone_q, lone_k = block_similarity(q, bq) <= theta, block_similarity(k - mean, bk) <= theta
+        theta = theta.to(q.device) if theta.ndim else theta
+        lone_q, lone_k = block_similarity(q, bq) <= theta, block_similarity(k, bk, mean=mean) <= theta
         open_, forced = open_ & ~lone_k[:, :, None], lone_q[..., None] | lone_k[:, :, None]
     p = score.masked_fill(~open_, -math.inf).softmax(-1).nan_to_num(0)  # NaN: nothing left to choose from
     kept = select_mass(p, cdf=cdf, topk=topk, among=chosen.sum(-1, keepdim=True))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvsr_nb.decoder import MemBlock, TCDecoder, TGrow, UpConv, adain, color_fix, fold, wavelet
+from flashvsr_nb.decoder import (
+    MemBlock, TCDecoder, TGrow, UpConv, _Window, adain, color_fix, fold, wavelet, windows)
 
 WIDTHS = (6, 5, 4, 3)
 few = settings(max_examples=12)
@@ -238,6 +239,70 @@ def test_a_halo_of_19_cells_is_exact(decoder):
         cut = slice(24 - halo, 30 + halo)
         tile, _ = decoder(latents[..., cut], lq[..., cut.start * 8:cut.stop * 8])
         assert ((tile[..., halo * 8:-halo * 8] - whole).abs().max() < 1e-14) == exact
+
+
+@settings(max_examples=8)
+@given(h=st.integers(1, 30), w=st.integers(1, 44), tile=st.one_of(st.integers(5, 25), st.tuples(*[st.integers(5, 44)] * 2)),
+       batch=st.integers(1, 2), with_pyramid=st.booleans())
+def test_tiles_change_nothing(decoder, ours, h, w, tile, batch, with_pyramid):
+    "Every pixel of three chunks and the state, whatever the tiles."
+    decoder = ours if with_pyramid else decoder
+    latents, lq = inputs(4, batch=batch, h=h, w=w)
+    results = []
+    for decoder.tile in (None, tile):
+        state, frames = None, []
+        for a, b in ((0, 2), (2, 3), (3, 4)):
+            y, state = decoder(latents[:, :, a:b], lq[:, :, max(0, 4 * a - 3):4 * b - 3], state)
+            frames.append(y)
+        results.append((torch.cat(frames, 2), state))
+    decoder.tile = None
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
+
+
+def test_tiles_may_change_in_mid_video(decoder):
+    latents, lq = inputs(2, h=23, w=40)
+    whole, _ = decoder(latents, lq)
+    decoder.tile = 9
+    first, state = decoder(latents[:, :, :1], lq[:, :, :1])
+    decoder.tile = (23, 11)
+    then, _ = decoder(latents[:, :, 1:], lq[:, :, 1:], state)
+    decoder.tile = None
+    torch.testing.assert_close(torch.cat([first, then], 2), whole, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("short", ["halo", 7, 13, 19])
+def test_no_halo_may_be_shorter(short, monkeypatch):
+    "One cell or pixel less anywhere, and tiles show."
+    from flashvsr_nb import decoder as module
+    decoder = TCDecoder((8, 8, 8, 8)).double().requires_grad_(False)
+    for p in decoder.parameters():
+        p.mul_(2)  # the longest paths must weigh something
+    latents, lq = inputs(2, h=4, w=70)
+    whole, _ = decoder(latents, lq)
+    if short == "halo":
+        monkeypatch.setattr(module, "windows", lambda h, w, tile: [_Window((0, 4), (a, a + 35), (4, 70), 18) for a in (0, 35)])
+    else:
+        monkeypatch.setitem(module._HALOS, short, module._HALOS[short] - 1)
+    decoder.tile = 35
+    tiled, _ = decoder(latents, lq)
+    assert (tiled - whole).abs().max() > 1e-13 * whole.abs().max()
+
+
+@few
+@given(h=st.integers(1, 60), w=st.integers(1, 60), rows=st.integers(1, 70), cols=st.integers(1, 70))
+def test_windows_cover_each_cell_once(h, w, rows, cols):
+    seen = torch.zeros(h, w)
+    for window in windows(h, w, (rows, cols)):
+        seen[tuple(window.home(1))] += 1
+        (top, bottom), (left, right) = window.spans
+        assert bottom - top <= rows and right - left <= cols
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("tile", [0, -3, (4, 0)])
+def test_tiles_need_a_cell(decoder, tile):
+    with pytest.raises(ValueError, match="needs at least 1 each way"):
+        windows(4, 4, tile)
 
 
 def test_every_parameter_gets_a_gradient_through_a_chunk_border():

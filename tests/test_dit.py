@@ -346,3 +346,77 @@ def test_unknown_backend_is_named():
     net, (x, lq, context) = model(), inputs()
     with pytest.raises(ValueError, match="'flash'"):
         net(x, lq, net.condition(context), backend="flash")
+
+
+# In rows
+
+@settings(max_examples=10)
+@given(batch=st.integers(1, 2), slabs=st.integers(1, 3), cols=st.integers(1, 3), rows=st.integers(1, 500))
+def test_rows_change_nothing(batch, slabs, cols, rows):
+    "Any number of rows, batch and chunk; masks the same, bit for bit, and recorded as one."
+    net, policy = model(), LCSA(key_blocks=2, local_range=3)
+    x, lq, context = inputs(batch, 2 * slabs, 16, 16 * cols)
+    cond, masks = net.condition(context), []
+    with torch.no_grad():
+        y = [net(x, lq, cond, policy=policy, rows=n, record=masks.append) for n in (0, rows)]
+    assert torch.allclose(*y, atol=1e-6)
+    assert len(masks) == 4 and all(torch.equal(a, b) for a, b in zip(masks[:2], masks[2:]))
+
+
+def test_rows_in_a_stream_with_caches():
+    from flashvsr_nb.kv_cache import KVCache
+    net, policy, results = model(), LCSA(key_blocks=3, local_range=3), []
+    cond = net.condition(inputs()[2])
+    chunks = [(f0, *inputs(frames=f, width=32)[:2]) for f0, f in ((0, 6), (6, 2), (8, 2), (10, 2))]
+    for rows in (0, 100):
+        caches = [KVCache(128 * 2) for _ in net.blocks]
+        with torch.no_grad():
+            y = [net(x, lq, cond, f0=f0, caches=caches, policy=policy, rows=rows) for f0, x, lq in chunks]
+        results.append(torch.cat(y, 2))
+    assert torch.allclose(*results, atol=1e-6)
+
+
+def test_one_block_in_rows_in_bfloat16():
+    "The same input and the same mask: within 2^-8 of the plain block."
+    torch.manual_seed(0)
+    block, rope = Block(CFG).requires_grad_(False).bfloat16(), rope_table((4, 8, 16), 16)
+    x, t6 = torch.randn(1, 512, 32).bfloat16(), torch.randn(1, 6, 32).bfloat16()
+    prompt, masks = block.cross_attn.prompt(torch.randn(1, 3, 32).bfloat16()), []
+    plain = block(x, t6, prompt, rope, grid=(1, 2), policy=LCSA(2, 3), record=masks.append).float()
+
+    class Forced(Dense):
+        def __call__(self, q, k, *, grid):
+            return masks[0]
+
+    lean = block.in_rows(x.clone(), t6, prompt, rope, rows=77, grid=(1, 2), policy=Forced()).float()
+    assert (lean - plain).abs().max() <= 2**-8 * plain.abs().max()
+
+
+def test_a_policy_of_unknown_reach_sees_all_queries():
+    "Only LCSA's budget is known to be one slab's: other policies get the whole chunk, as before."
+    net, (x, lq, context), seen = model(), inputs(frames=6), []
+
+    class Policy(Dense):
+        def __call__(self, q, k, *, grid):
+            seen.append(q.shape[2])
+
+    with torch.no_grad():
+        net(x, lq, net.condition(context), policy=Policy())
+    assert seen == [6 * 64] * 2
+
+
+def test_tokens_may_come_slab_by_slab():
+    net, (x, lq, context) = model(), inputs(2, 6, 16, 16)
+    cond = net.condition(context)
+    whole = net(x, lq, cond, policy=Dense())
+    assert torch.equal(net(x, iter(lq.split(2 * 64, 1)), cond, policy=Dense()), whole)
+    assert torch.equal(net(x, [lq[:, :256], lq[:, 256:]], cond, policy=Dense()), whole)
+    for parts, n in (([lq[:, :256]], 256), ([lq, lq], 768), ([lq[:, :100]], 100)):
+        with pytest.raises(ValueError, match=f"{n} lq_tokens, but latents"):
+            net(x, parts, cond, policy=Dense())
+
+
+def test_gradients_still_flow_where_they_are_wanted():
+    net, (x, lq, context) = DiT(CFG), inputs()
+    net(x, lq, net.condition(context), policy=Dense(), rows=16).square().mean().backward()
+    assert all(p.grad is not None for p in net.blocks.parameters())

@@ -1,6 +1,9 @@
 "INT8 attention: quantisation against loops, errors against exact attention, and every guard around the package."
 import importlib
+import os
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashvsr_nb.attention import attend, attend_reference, backends, expand_mask
+from flashvsr_nb.pipeline import FlashVSR
 from flashvsr_nb.sage_attention import (BACKEND, GROUPS, _fit_half, _whole, quantize_tokens, sage, sage_package,
                                         sage_reference)
 
@@ -161,6 +165,13 @@ def test_never_nan(change, pv):
     out = sage_reference(q, k, v, pv=pv)
     assert out.isfinite().all()
     assert error(sage_reference(q, k, v * 0 + 3, pv=pv), torch.full_like(q, 3)) < 0.03
+
+
+@pytest.mark.parametrize("pv", ["fp16", "bf16", "fp8"])
+def test_values_alike_come_back_exactly(pv):
+    q, k, v = striped(64, 96)
+    v = v[:, :, :1].bfloat16().float().expand_as(v)  # a constant per channel
+    close(sage_reference(q, k, v, pv=pv, scale=0.0), v[:, :, :64], rtol=1e-6, atol=0)
 
 
 def test_inputs_stay_as_they_are():
@@ -329,6 +340,14 @@ def test_registered_and_used():
         attend(*striped(8, 16, 8), block_mask=random_mask(), block_size=(4, 4), backend="sage")
 
 
+def test_a_clip_through_nano():
+    "Nano's pictures hardly depend on its latents; their own error is the notebook's matter."
+    clip = (torch.rand(5, 16, 16, 3) * 255).byte().numpy()
+    exact, rounded = (FlashVSR.from_pretrained("nano", device="cpu", attention=name).upscale(clip, progress=False)
+                      for name in ("sdpa", "sage"))
+    assert rounded.shape == (5, 64, 64, 3) and abs(rounded.astype(int) - exact).max() <= 2
+
+
 def test_gradients_are_refused():
     q, k, v = striped(8, 8, 8)
     for x in (q, k, v):
@@ -357,6 +376,38 @@ def test_doctor_learns_why(monkeypatch, tmp_path, fault, said):
     assert BACKEND.unusable(CUDA) == said
     assert BACKEND.unusable(CPU) is None
     sys.modules.pop("sageattention", None)
+
+
+INTERPRETED = """
+import torch, sageattention
+from flashvsr_nb.attention import attend_reference
+from flashvsr_nb.sage_attention import sage_package, sage_reference
+from test_sage_attention import error, striped
+torch.manual_seed(0)
+q, k, v = striped(128, 256, 64, heads=1)
+before, mask = k.clone(), torch.tensor([[[[True, False]]]])
+print(error(sage_package(q, k, v), sage_reference(q, k, v)),
+      error(sage_package(q, k, v, block_mask=mask), sage_reference(q, k, v, block_mask=mask)),
+      error(sage_package(q, k, 1e5 * v) / 1e5, attend_reference(q, k, v)), (k - before).abs().max().item())
+alone, short, mine = sageattention.sageattn, (k[:, :, :100], v[:, :, :100]), k.clone()
+print(error(alone(q, short[0].clone(), short[1]), attend_reference(q, *short)) > 0.1,
+      torch.equal(alone(q, k.clone(), v, attn_mask=mask), alone(q, mine, v)), bool((mine - k).abs().max() > 1),
+      not alone(q, k.clone(), 1e5 * v).isfinite().all())
+"""
+
+
+@pytest.mark.skipif(not (find_spec("sageattention") and find_spec("triton")), reason="needs sageattention and triton")
+def test_the_real_package_interpreted():
+    "On a CPU, by Triton's interpreter; -O, because the package asserts that it is given CUDA tensors."
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), *sys.path])
+    done = subprocess.run([sys.executable, "-O", "-W", "ignore", "-c", INTERPRETED], capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr[-2000:]
+    guarded, faults = done.stdout.splitlines()
+    dense, masked, large, changed = map(float, guarded.split())
+    assert dense < 0.003 and masked < 0.003 and large <= 0.02 and changed == 0
+    if not hasattr(importlib.import_module("sageattention"), "sageattn_qk_int8_pv_fp16_triton"):
+        assert faults.split() == ["True"] * 4  # phantoms, a mask ignored, K changed, overflow: else a guard can go
 
 
 @pytest.mark.cuda

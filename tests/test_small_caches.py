@@ -32,6 +32,10 @@ def random_kv(n, slab, *, batch=1, heads=2, d=4, dtype=torch.float32, device="cp
     return k + 3 * torch.randn(batch, heads, 1, d, device=device).to(dtype), v
 
 
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
 def error(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -91,11 +95,11 @@ def test_offloaded_is_the_ring(keep, layers, batch, prefetch, sizes, slab):
     "Any sequence of chunk lengths: the same slabs in the same slots, bit for bit."
     torch.manual_seed(0)
     group = CacheGroup("offload", prefetch=prefetch)
-    ours, theirs = [group.make(slab, keep=keep) for _ in range(layers)], [KVCache(slab, keep=keep) for _ in range(layers)]
+    ours, theirs = ([make(slab, keep=keep) for _ in range(layers)] for make in (group.make, KVCache))
     for n in sizes:
         for a, b in zip(ours, theirs):
             new = random_kv(n, slab, batch=batch)
-            assert all(map(torch.equal, a.update(*new), b.update(*new)))
+            assert same(a.update(*new), b.update(*new))
             assert a.order == b.order
 
 
@@ -111,7 +115,7 @@ def test_offloaded_over_a_stream(keep, prefetch, dtype):
             new = random_kv(1 if i else 3, 4, dtype=dtype)
             expected = ring.update(*new)
             for cache in (grouped, alone):
-                assert all(map(torch.equal, cache.update(*new), expected)) and cache.order == ring.order
+                assert same(cache.update(*new), expected) and cache.order == ring.order
     assert len({t.data_ptr() for b in group.staging.buffers for t in b.tensors}) == (4 if prefetch else 2)
 
 
@@ -125,7 +129,7 @@ def test_streams_may_share_a_group():
         for s, (ours, theirs) in enumerate(streams):
             for a, b in zip(ours, theirs):
                 new = random_kv(1 if i and (s, i) != (1, 6) else 3, 2)
-                assert all(map(torch.equal, a.update(*new), b.update(*new)))
+                assert same(a.update(*new), b.update(*new))
 
 
 def test_the_next_stream_takes_over_the_memory():
@@ -156,6 +160,64 @@ def test_caches_die_with_their_stream():
         assert [ref() for ref in refs] == [None] * 4  # at once: no cycles that wait for the collector
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("fails", range(1, 5))
+def test_out_of_memory_loses_nothing(monkeypatch, fails):
+    "With keep=1 the second chunk needs smaller buffers: if one cannot be had, the chunk can be tried again."
+    group, layers, left = CacheGroup("offload"), 4, [10**6]
+    ours, theirs = [group.make(2, keep=1) for _ in range(layers)], [KVCache(2, keep=1) for _ in range(layers)]
+    empty = torch.empty
+
+    def scarce(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("none left")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    failed = 0
+    for i, n in enumerate((3, 1, 1, 1)):
+        for a, b in zip(ours, theirs):
+            new, before = random_kv(n, 2), a.ring.written
+            left[0] = fails if i == 1 and not failed else 10**6
+            try:
+                got = a.update(*new)
+            except torch.OutOfMemoryError:
+                failed, left[0] = failed + 1, 10**6
+                got = a.update(*new) if a.ring.written == before else None  # or it was what comes next that failed
+            expected = b.update(*new)
+            assert got is None or same(got, expected)
+    assert failed == 1
+
+
+def test_a_buffer_that_was_given_up_holds_nothing(monkeypatch):
+    "A larger stream took the memory that held a smaller one's slabs, and got none itself."
+    group, expected = CacheGroup("offload"), KVCache(2)
+    small, other, large = group.make(2), group.make(2), group.make(4)
+    for n in (3, 1):
+        new = random_kv(n, 2)
+        assert same(small.update(*new), expected.update(*new))
+        other.update(*new)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "empty", lambda *shape, dtype, device=None: none_left() if device else
+                      torch.zeros(*shape, dtype=dtype))  # none on the device, as much as wanted on the host
+        large.update(*random_kv(3, 4))
+    new = random_kv(1, 2)
+    assert same(small.update(*new), expected.update(*new))
+
+
+def none_left():
+    raise torch.OutOfMemoryError("none left")
+
+
+def test_settle_waits_for_the_last_copy_to_the_host():
+    cache, waited = OffloadedCache(2), []
+    cache.update(*random_kv(3, 2))
+    cache.ring.settle()  # nothing to wait for: copies on the CPU are made at once
+    cache.ring.saved = type("Event", (), {"synchronize": lambda self: waited.append(self)})()
+    cache.ring.settle()
+    assert waited == [cache.ring.saved]
 
 
 # ---- the order of copies on a GPU, without one: vector clocks
@@ -235,7 +297,8 @@ def watched(monkeypatch, forget=(), layers=3, prefetch=True, keep=3, sizes=(3, 1
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("prefetch", [True, False])
-@pytest.mark.parametrize("keep, sizes", [(1, (3, 1, 1, 1)), (2, (3, 1, 1, 2, 1)), (3, (3, 1, 1, 1, 1)), (4, (3, 1, 3, 1))])
+@pytest.mark.parametrize("keep, sizes", [(1, (3, 1, 1, 1)), (2, (3, 1, 1, 2, 1)), (3, (3, 1, 1, 1, 1)),
+                                         (4, (3, 1, 3, 1))])
 @pytest.mark.parametrize("streams", [1, 2])
 def test_no_copy_overtakes_another(monkeypatch, layers, prefetch, keep, sizes, streams):
     tape = watched(monkeypatch, (), layers, prefetch, keep, sizes, streams)
@@ -299,8 +362,9 @@ def test_host_memory_that_cannot_be_locked_still_serves(cudart, monkeypatch):
 # ---- INT8
 
 @settings(max_examples=25)
-@given(keep=st.integers(1, 4), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6), mean=st.sampled_from(["slab", "first"]),
-       batch=st.integers(1, 2), blocks=st.integers(1, 2), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(keep=st.integers(1, 4), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+       mean=st.sampled_from(["slab", "first"]), batch=st.integers(1, 2), blocks=st.integers(1, 2),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_quantized_keeps_to_half_a_step(keep, sizes, mean, batch, blocks, dtype):
     "Against the ring in floating point: order, scales and means as defined, error at most half a step."
     torch.manual_seed(0)
@@ -334,7 +398,7 @@ def test_offloaded_int8_is_resident_int8(keep, mean):
     for i in range(13):
         for ours, theirs in layers:
             new = random_kv(1 if i else 3, 128)
-            assert all(map(torch.equal, ours.update(*new), theirs.update(*new)))
+            assert same(ours.update(*new), theirs.update(*new))
             a, b = ours.quantized(), theirs.quantized()
             assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in QuantizedKV.__dataclass_fields__)
 
@@ -387,7 +451,7 @@ def test_heads_in_portions_are_heads_at_once(monkeypatch):
     monkeypatch.setattr(small_caches, "_few_heads", lambda x: [slice(0, 2), slice(2, 4), slice(4, 5)])
     parts = QuantizedCache(128).write(*new)
     assert all(torch.equal(getattr(whole, f), getattr(parts, f)) for f in QuantizedKV.__dataclass_fields__)
-    assert all(map(torch.equal, parts.dequantize(), whole.dequantize()))
+    assert same(parts.dequantize(), whole.dequantize())
 
 
 @given(heads=st.integers(1, 13), tokens=st.integers(1, 5), budget=st.integers(1, 40))
@@ -447,6 +511,16 @@ def test_streams_in_inference_mode_then_out_of_it(network):
     assert torch.equal(stream(network, group.make), a)
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_no_gradient_and_no_graph_is_kept(kind):
+    for mean in ("slab", "first"):
+        cache = CacheGroup(kind, **({"mean": mean} if "int8" in kind else {})).make(128)
+        for n in (3, 1, 1):
+            new = [x.requires_grad_() for x in random_kv(n, 128)]
+            assert not any(x.requires_grad for x in cache.update(*new))
+        assert getattr(cache, "frozen", None) is None or not cache.frozen.requires_grad
+
+
 # ---- bytes
 
 def nbytes(tensors):
@@ -458,7 +532,7 @@ def nbytes(tensors):
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_cache_bytes_are_those_of_the_tensors(kind, keep, prefetch):
     "Counted after the first chunk; with keep=1 its three slabs need more room than what follows."
-    cfg, (height, width), batch = ModelConfig(dim=48, heads=3, layers=4), (200, 300), 2  # 2 x 3 blocks, the last ones cut
+    cfg, (height, width), batch = ModelConfig(dim=48, heads=3, layers=4), (200, 300), 2  # 2 x 3 blocks
     group = CacheGroup(kind, prefetch=prefetch)
     caches = [group.make(6 * 128, keep=keep) for _ in range(cfg.layers)]
     for cache in caches:

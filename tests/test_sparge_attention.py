@@ -1,4 +1,4 @@
-"SpargeAttention: both stages against loops, the bound of stage 2, INT8, and the adapter's guards against a faulty package."
+"SpargeAttention: both stages against loops, the bound of stage 2, INT8, and the adapter against a faulty package."
 import dataclasses
 import importlib
 import math
@@ -48,8 +48,16 @@ def test_similarity_is_the_mean_of_all_pairs(dtype):
     s = block_similarity(x, 16)
     assert s.dtype == torch.float32 and s.shape == (2, 3, 3)
     close(s, pairwise(x.float().unflatten(2, (3, 16))))
+    mean = x.mean(2, keepdim=True)
+    close(block_similarity(x, 16, mean=mean.float()), block_similarity(x.float() - mean.float(), 16))
     x[0, 0, :16] = 0
-    assert block_similarity(x, 16)[0, 0, 0] == 0 and (block_similarity(torch.ones(1, 1, 4, 3), 2) - 1).abs().max() < 1e-6
+    assert block_similarity(x, 16)[0, 0, 0] == 0
+    close(block_similarity(torch.ones(1, 1, 4, 3), 2), torch.ones(1, 1, 2))
+
+
+def test_similarity_of_many_blocks_goes_in_parts():
+    x = torch.randn(1, 2, 2 * 150, 4)  # 150 blocks, 64 at a time
+    close(block_similarity(x, 2), pairwise(x.unflatten(2, (150, 2))))
 
 
 @few
@@ -94,7 +102,7 @@ def stage_one(q, k, bq, bk, theta, cdf, topk, within):
             open_ = [j for j in allowed if not lone[j]]
             p = torch.tensor([block.mean(0) @ ks[j].mean(0) for j in open_]).div(q.shape[-1] ** 0.5).softmax(0)
             ranked = [open_[j] for j in p.argsort(descending=True).tolist()]
-            n = int((p.sort(descending=True).values.cumsum(0) <= cdf).sum()) if topk is None else int(topk * len(allowed))
+            n = int(((p.sort(descending=True).values.cumsum(0) <= cdf).sum()) if topk is None else topk * len(allowed))
             keep = set(ranked[:max(1, n)]) | {j for j in allowed if lone[j]}
             for j in allowed if pairwise(block).item() <= theta else keep:
                 mask[b, h, i, j] = True
@@ -128,6 +136,15 @@ def test_thresholds_per_head_and_blocks_that_always_fail():
     assert mixed[:, 0].all() and torch.equal(
         mixed[:, 1:], sparge_mask(q[:, 1:], k[:, 1:], block_size=(16, 16), similarity=-1, cdf=0.2))
     assert not mixed[:, 1].all() and not mixed.requires_grad
+
+
+@pytest.mark.parametrize("rule", [dict(cdf=0.5), dict(topk=0.5), dict(cdf=[0.5, 0.9], similarity=[0.1, 0.2])])
+def test_nothing_is_read_back_from_the_device(rule):
+    "Tensors without values would refuse it; a GPU would have to be waited for."
+    q, k, _ = (x.to("meta") for x in random_qkv(64, 64))
+    within = torch.ones(1, 2, 4, 4, dtype=torch.bool, device="meta")
+    mask = sparge_mask(q, k, block_size=(16, 16), within=within, **rule)
+    assert mask.shape == (1, 2, 4, 4) and mask.device.type == "meta"
 
 
 @pytest.mark.parametrize("kw, said", [
@@ -289,7 +306,7 @@ def native(package):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_spas_honours_the_mask(package, block, dtype):
     q, k, v = random_qkv(256, 512, 64, outliers=3, dtype=dtype)
-    mask = random_mask(1, 2, 256 // block[0], 512 // block[1])
+    mask = random_mask(1, 2, 512 // block[1], 256 // block[0]).mT  # the package needs it contiguous
     mask[0, 0, 0], mask[0, 1, -1], mask[0, 1, 0] = False, False, True
     widened = any(a < b for a, b in zip(block, native(package)))
     with warnings.catch_warnings(record=True) as said:

@@ -20,7 +20,7 @@ import triton  # noqa: E402
 from flashvsr_nb import performance, sparge_kernel  # noqa: E402
 from flashvsr_nb.attention import attend, attend_reference, backends, expand_mask  # noqa: E402
 from flashvsr_nb.small_caches import quantize_blocks  # noqa: E402
-from flashvsr_nb.sparge_kernel import (BLOCKS, PreparedKV, prepare_kv, sparge_attention,  # noqa: E402
+from flashvsr_nb.sparge_kernel import (BLOCKS, PreparedCache, PreparedKV, prepare_kv, sparge_attention,  # noqa: E402
                                        sparge_attention_prepared, sparge_reference)
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -109,6 +109,13 @@ def test_padding_is_never_read_as_keys():
     assert error(sparge_attention_prepared(q, kv), exact(q, k, v)) < 0.02
 
 
+def test_smoothing_halves_the_error():
+    q, k, v = tokens(128, 512, h=3)
+    raw = prepare_kv(k, v, mean=torch.zeros(1, 3, 1, 64, device=DEVICE))
+    want = exact(q, k, v)
+    assert error(sparge_attention_prepared(q, raw), want) > 2 * error(sparge_attention(q, k, v), want)
+
+
 def test_a_frozen_mean_makes_slabs_that_fit_together():
     q, k, v = tokens(128, 256)
     mean = k[:, :, :128].mean(2, keepdim=True)
@@ -118,6 +125,21 @@ def test_a_frozen_mean_makes_slabs_that_fit_together():
     whole = prepare_kv(k, v, mean=mean)
     assert torch.equal(both.k, whole.k)
     torch.testing.assert_close(sparge_attention_prepared(q, both), sparge_attention_prepared(q, whole))
+
+
+@settings(max_examples=10)
+@given(chunks=st.lists(st.integers(1, 3), min_size=1, max_size=5), keep=st.integers(1, 3), seed=st.integers(0, 99))
+def test_a_cache_holds_what_preparing_anew_would(chunks, keep, seed):
+    torch.manual_seed(seed)
+    cache, slabs = PreparedCache(128, keep=keep), []
+    for n in chunks:
+        _, k, v = tokens(1, 128 * n, h=2)
+        kv = cache.write(k, v)
+        slabs += zip(k.split(128, 2), v.split(128, 2))
+        assert {*range(len(slabs) - n - min(keep, len(slabs) - n), len(slabs))} <= {*cache.order}
+        anew = prepare_kv(*(torch.cat([slabs[s][i] for s in cache.order], 2) for i in (0, 1)), mean=cache.mean)
+        assert kv.tokens == anew.tokens and kv.k.is_contiguous() and kv.v.is_contiguous()
+        assert all(torch.equal(getattr(kv, name), getattr(anew, name)) for name in ("k", "k_scale", "v", "mean"))
 
 
 @settings(max_examples=15)
@@ -138,7 +160,7 @@ def test_keys_are_quantised_as_plainly(lk, d, power, seed):
 def test_lists_are_the_kept_columns(nq, nk, share, seed):
     mask = (torch.rand(1, 2, nq, nk, generator=torch.Generator().manual_seed(seed)) < share).to(DEVICE)
     q, k, v = (x[:, :, :n] for x, n in zip(tokens(64 * nq, 128 * nk, h=2), (64 * nq, 128 * nk, 128 * nk)))
-    q8, cols, scales, count = sparge_kernel._make_plan(q, prepare_kv(k, v), mask, (64, 128), 1.0, mask.shape)
+    q8, qs, cols, scales, count = sparge_kernel._make_plan(q, prepare_kv(k, v), mask, (64, 128), 1.0, mask.shape)
     assert torch.equal(count, mask.sum(-1, dtype=torch.int32))
     for at in torch.cartesian_prod(torch.arange(2), torch.arange(nq)).tolist():
         kept = mask[0][tuple(at)].nonzero()[:, 0].tolist()
@@ -171,6 +193,8 @@ def test_the_registry_knows_it():
     (lambda q, k, v: sparge_attention(q, k, v, block_mask=torch.ones(1, 1, 1, 2)), "torch.float32"),
     (lambda q, k, v: sparge_attention_prepared(q.repeat(1, 2, 1, 1), prepare_kv(k, v)), "alike"),
     (lambda q, k, v: prepare_kv(k, v[:, :, :-1]), "k and v"),
+    (lambda q, k, v: sparge_attention(q.requires_grad_(), k, v), "no gradients"),
+    (lambda q, k, v: sparge_attention(q, k, v.requires_grad_()), "no gradients"),
     (lambda q, k, v: prepare_kv(k, v, mean=torch.zeros(1, 2, 1, 64)), "mean"),
 ])
 def test_what_does_not_fit_is_refused(change, said):
@@ -206,28 +230,75 @@ from triton.compiler import ASTSource
 from flashvsr_nb import sparge_kernel
 capability, warps, stages = map(int, sys.argv[1:])
 fixed = dict(BM=128, BN=64, D=128, BK=128, FP8=False, TAIL=False, SKIP=False, WIDE=False, STAGES=stages)
-kinds = dict(Q8="*i8", K8="*i8", V="*bf16", VS="*fp32", COLS="*i32", SCALES="*fp32", COUNT="*i32", OUT="*bf16",
+kinds = dict(Q8="*i8", QS="*fp32", K8="*i8", V="*bf16", VS="*fp32", COLS="*i32", SCALES="*fp32", COUNT="*i32", OUT="*bf16",
              skip="fp32", tokens="i32", keys="i32", padded="i32", nq="i32", nk="i32")
 aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kinds) if n.isupper() or n[-1].isdigit() or n == "padded"}
 source = ASTSource(fn=sparge_kernel._attend, signature=kinds | {n: "constexpr" for n in fixed}, constexprs=fixed,
                    attrs=aligned)
 built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps, num_stages=stages))
 ptx = built.asm["ptx"]
-print(json.dumps({"shared": built.metadata.shared, "int8": ".s32.s8.s8" in ptx, "async": ptx.count("cp.async.c")}))
+int8 = ".s32.s8.s8" in ptx or "kind::i8" in ptx
+print(json.dumps({"shared": built.metadata.shared, "int8": int8, "async": ptx.count("cp.async.c")}))
+"""
+
+BUILD_HOPPER = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from flashvsr_nb.hopper_kernel import RINGS, _hopper, gl
+def tile(kind, rows, dtype):
+    return f"tensordesc<{kind}[{rows}, 128],{gl.NVMMASharedLayout.get_default_for([rows, 128], dtype)!r}>"
+kinds = dict(q_desc=tile("i8", 64, gl.int8), k_desc=tile("i8", 128, gl.int8), v_desc=tile("bf16", 128, gl.bfloat16),
+             QS="*fp32", VS="*fp32", COLS="*i32", SCALES="*fp32", COUNT="*i32", OUT="*bf16", tokens="i32", padded="i32",
+             nq="i32", nk="i32", RING="constexpr")
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kinds) if n.isupper() and n != "RING" or n == "padded"}
+source = GluonASTSource(fn=_hopper, signature=kinds, constexprs=dict(RING=RINGS[128]), attrs=aligned)
+built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+ptx = built.asm["ptx"]
+print(json.dumps({"shared": built.metadata.shared, "int8": ptx.count("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"),
+                  "copies": ptx.count("cp.async.bulk.tensor")}))
 """
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def build(code, *arguments):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=env, text=True, stdout=subprocess.PIPE,
+                          check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_builds_for_every_architecture(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
     warps, stages = sparge_kernel._tuning.__wrapped__(torch.device("cuda"))
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", BUILD, *map(str, (capability, warps, stages))], env=env, text=True,
-                          stdout=subprocess.PIPE, check=True)
-    built = json.loads(done.stdout.splitlines()[-1])
+    built = build(BUILD, capability, warps, stages)
     assert built["int8"], "the scores must be native INT8 products"
     assert built["async"] >= 10, "tiles must be fetched ahead"
     assert built["shared"] <= 99 * 1024, "must fit the smallest card"
+
+
+def test_the_hopper_kernel_builds():
+    built = build(BUILD_HOPPER)
+    assert built["int8"] and built["copies"] and built["shared"] <= 227 * 1024
+
+
+def test_a_triton_without_the_hopper_kernel_is_said_once_and_done_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(sparge_kernel, "_try_hopper", lambda device: 1 / 0)
+    with pytest.warns(UserWarning, match="does not take the Hopper kernel .ZeroDivisionError"):
+        assert not sparge_kernel._on_hopper.__wrapped__(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not sparge_kernel._on_hopper.__wrapped__(torch.device("cuda"))
+
+
+def test_hopper_gets_a_whole_plan(monkeypatch):
+    def attend_hopper(q8, qs, cols, scales, count, kv, out, bk):
+        assert (q8.shape[2] == qs.shape[2] == 256 and cols.shape == scales.shape == (1, 1, 2, 2)
+                and count.tolist() == [[[2, 2]]] and kv.k.shape == out.shape and bk == 128)
+        return out
+    monkeypatch.setattr("flashvsr_nb.hopper_kernel.attend_hopper", attend_hopper)
+    assert sparge_kernel._try_hopper(torch.device(DEVICE)).shape == (1, 1, 256, 128)
 
 
 # ---- on CUDA

@@ -1,4 +1,4 @@
-"""What the package spas_sage_attn 0.1.0 does, faults included, on the CPU: the adapter's tests fail without its guards."""
+"""What the package spas_sage_attn 0.1.0 does, faults included, on the CPU: without the adapter's guards tests fail."""
 import torch
 
 from flashvsr_nb.small_caches import dequantize_blocks, quantize_blocks
@@ -21,7 +21,8 @@ def block_sparse_sage2_attn_cuda(q, k, v, mask_id=None, dropout_p=0.0, scale=Non
     q8, k8 = quantize_blocks(q, 128), quantize_blocks(k - km, 64)  # smooth_k=False: km is not there
     assert q.size(-1) in (64, 128), "headdim should be in [64, 128]."
     mask = _read(mask_id, q.size(-2), k.size(-2))
-    score = dequantize_blocks(*q8, block=128) @ dequantize_blocks(*k8).mT * (q.size(-1) ** -0.5 if scale is None else scale)
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    score = dequantize_blocks(*q8, block=128) @ dequantize_blocks(*k8).mT * scale
     score = score.masked_fill(~mask, -torch.inf)
     p = (score - score.amax(-1, keepdim=True)).exp()
     out = torch.zeros_like(q, dtype=torch.float32)
