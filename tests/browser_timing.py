@@ -1,4 +1,4 @@
-"""How fast the widgets answer: `python tests/browser_timing.py` runs notebooks in JupyterLab, moves every slider, writes JSON."""
+"""How fast widgets answer: `python tests/browser_timing.py` runs notebooks in JupyterLab, moves sliders, writes JSON."""
 import json
 import os
 import statistics
@@ -30,7 +30,7 @@ def main():
         with bp.lab(folder) as address:
             for name in names:
                 page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-                bp.run_all(page, address(name), seconds=300)
+                bp.run_all(page, address(name), seconds=200)
                 for root in page.locator(".jp-OutputArea-output .fvsr").all():
                     widget = root.get_attribute("aria-label")
                     for slider, times in sliders(root).items():
@@ -39,12 +39,16 @@ def main():
                             "draw_ms": statistics.median(drawn), "draw_worst_ms": max(drawn),
                             "frame_ms": statistics.median(shown), "frame_worst_ms": max(shown), "events": len(times)}
                 page.close()
-        version = chromium.version
-    machine = f"Chromium {version.split('.')[0]}, headless, software rendering, {os.cpu_count()} CPU cores, in JupyterLab"
-    path = bp.ROOT / "data" / "results" / "widgets.json"
-    path.write_text(json.dumps({"machine": machine, "sliders": rows}, indent=1) + "\n")
+                store(chromium.version, rows)
     for name, row in rows.items():
-        print(f"{name:36} drawn {row['draw_ms']:6.1f} (worst {row['draw_worst_ms']:6.1f}), on screen {row['frame_ms']:6.1f} ms")
+        print(f"{name:36} drawn {row['draw_ms']:6.1f} ms (worst {row['draw_worst_ms']:.1f}), shown {row['frame_ms']:6.1f}")
+
+
+def store(version, rows):
+    machine = f"JupyterLab in Chromium {version.split('.')[0]}, headless, software rendering, {os.cpu_count()} CPU cores"
+    path = bp.ROOT / "data" / "results" / "widgets.json"
+    result = {"machine": machine, "load": round(os.getloadavg()[0], 1), "sliders": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -308,7 +308,7 @@ def test_notebook_12_in_jupyterlab(notebook):
     for _ in range(3):
         page.keyboard.press("ArrowLeft")  # in command mode JupyterLab would take it
     assert slider.input_value() == "6"
-    moves_all(page, "Seam viewer", {"split": 0.8, "heat": 1, "frame": 5, "seam": 1, "reach": 60, "zoom": 3})
+    moves_all(page, "Seam viewer", {"split": 0.8, "heat": 1, "frame": 5, "seam": 0, "reach": 60, "zoom": 3})
     page.close()
 
 
@@ -332,7 +332,7 @@ def test_notebook_12b_in_jupyterlab(notebook):
 def test_notebook_12c_in_jupyterlab(notebook):
     page = notebook("12c_tile_explorer.ipynb")
     no_errors(page)
-    w = moves_all(page, "Tile explorer", {"tile": 32, "overlap": 12, "size": 3, "vram": 6, "blend": "average", "view": "weights"})
+    w = moves_all(page, "Tile explorer", {"overlap": 16, "tile": 64, "size": 3, "vram": 6, "blend": "average", "view": "weights"})
     bp.move(w, "size", 0)
     bp.move(w, "view", "seams")
     w.get_by_text("Seam map: measured").wait_for(timeout=60_000)  # by the model, in the kernel
