@@ -184,6 +184,13 @@ def _report(args):
         print(text)
         print(f"{args.out}: results.json, report.md, report.html and pictures")
 
+
+def _lab(args):
+    with _errors():
+        from flashvsr_nb.lab import lab
+
+        lab(args.folder, browser=not args.no_browser)
+
 # %% ../nbs/11a_cli.ipynb #5f021d56
 def _download(args):
     with _errors():
@@ -232,7 +239,7 @@ def _file_options(add, several=False):
 
 # %% ../nbs/11a_cli.ipynb #eval-par
 def _more_commands(command):
-    "`plan`, `evaluate` and `report`."
+    "`plan`, `evaluate`, `report` and `lab`."
     add = command("plan", _plan, "Say how frames of a size would be run on a card, and what that needs: a prediction, "
                   "nothing is loaded.")
     add("height", type=within(int, 1, 10**5), help="of the input, lines")
@@ -252,6 +259,10 @@ def _more_commands(command):
     add = command("report", _report, "Write tables and plots of an evaluation again.")
     add("out", metavar="FOLDER", type=Path, help="what evaluate wrote")
     add("--quiet", action="store_true", help="no report on stdout")
+    add = command("lab", _lab, "Copy the notebooks to a folder of your own and open them in JupyterLab; what you "
+                  "changed there is kept.")
+    add("folder", nargs="?", default="flashvsr_course", help="(default: flashvsr_course)")
+    add("--no-browser", action="store_true", help="print the address instead of opening it")
 
 # %% ../nbs/11a_cli.ipynb #d019a113
 def _parser():
