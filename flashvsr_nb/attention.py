@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['backends', 'expand_mask', 'attend_reference', 'pool_blocks', 'locality_mask', 'block_probabilities', 'select_blocks',
-           'LCSA', 'Backend', 'pick_backend', 'attend']
+           'LCSA', 'attend_gathered', 'Backend', 'pick_backend', 'attend']
 
-# %% ../nbs/03_attention.ipynb #a61bab62
+# %% ../nbs/03_attention.ipynb #520f9eef
 import functools
 import importlib.util
 import math
+from collections import UserDict
 from dataclasses import dataclass
 from typing import Callable
 
@@ -132,11 +133,19 @@ class LCSA:
             p = block_probabilities(q, k, local=local, block_size=self.block_size)
             return select_blocks(p, topk=self.topk(slab), slab=slab)
 
-# %% ../nbs/03_attention.ipynb #5a278f33
-def _sdpa(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None, budget=2**25):
-    "Gather each query block's own key blocks, at most `budget` elements at a time, and call torch's kernel on them."
-    if block_mask is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+# %% ../nbs/03_attention.ipynb #c0a6367a
+def attend_gathered(
+    kernel: Callable,  # kernel(q, k, v, pad) -> as q; pad: bool (rows,1,1,keys), False is not a key; or None
+    q: torch.Tensor,  # (B,heads,query tokens,d)
+    k: torch.Tensor,  # (B,heads,key tokens,d)
+    v: torch.Tensor,  # as k
+    *,
+    block_mask: torch.Tensor,  # bool (B,heads,query blocks,key blocks)
+    block_size: tuple = (128, 128),  # tokens per query block, per key block
+    budget: int = 2**25,  # elements of gathered keys per call of the kernel (at least one row's)
+    even: bool = False,  # never pad
+) -> torch.Tensor:  # as q; rows without keys give 0
+    "A dense kernel on each query block's own key blocks: the mask is honoured by copying what it keeps."
     (b, h, lq, d), (bq, bk), nk = q.shape, block_size, block_mask.shape[-1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format).view(-1, 1, bq, d)
     q, k, v = q.reshape(-1, 1, bq, d), k.reshape(-1, bk, d), v.reshape(-1, bk, d)
@@ -146,17 +155,25 @@ def _sdpa(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None, budget
     start = 0
     while start < len(count):
         n = count[start]  # the longest row of this group
-        stop = min(start + max(1, budget // (n * bk * d)), len(count))
+        end = len(count) - count[::-1].index(n) if even else len(count)  # the last row of this length, or of all
+        stop = min(start + max(1, budget // (n * bk * d)), end)
         row = order[start:stop]
         keep, column = rows[row].to(torch.uint8).sort(dim=-1, descending=True, stable=True)
         column = column[:, :n] + (row // (lq // bq) * nk)[:, None]
         pad = None if count[stop - 1] == n else keep[:, None, None, :n].bool().repeat_interleave(bk, -1)
         kr, vr = (x[column].flatten(1, 2)[:, None] for x in (k, v))
-        out[row] = F.scaled_dot_product_attention(q[row], kr, vr, attn_mask=pad, scale=scale)
+        out[row] = kernel(q[row], kr, vr, pad)
         start = stop
     return out.view(b, h, lq, d)
 
-# %% ../nbs/03_attention.ipynb #a4a69f80
+
+def _sdpa(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None, budget=2**25):
+    def kernel(q, k, v, pad=None): return F.scaled_dot_product_attention(q, k, v, attn_mask=pad, scale=scale)
+    if block_mask is None:
+        return kernel(q, k, v)
+    return attend_gathered(kernel, q, k, v, block_mask=block_mask, block_size=block_size, budget=budget)
+
+# %% ../nbs/03_attention.ipynb #9175d131
 @functools.cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
@@ -180,27 +197,84 @@ def _flex(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None):
     return torch.where((count > 0).repeat_interleave(block_size[0], -1)[..., None], out, 0)
 
 
-def _flex_usable(device):
-    if device.type != "cuda":
-        return f"needs CUDA, tensors are on {device.type}"
+def _flex_lacks(device):
     return None if importlib.util.find_spec("triton") else "needs the package triton: pip install triton"
 
-# %% ../nbs/03_attention.ipynb #e34f87c7
+# %% ../nbs/03_attention.ipynb #f8762676
 @dataclass(frozen=True)
 class Backend:
-    "One way to compute attention."
+    "One way to compute attention, and what it takes."
 
     fn: Callable  # fn(q, k, v, *, block_mask, block_size, scale) -> (B,heads,query tokens,d); rows without keys give 0
     about: str  # one line
     exact: bool = True  # does it compute what `reference` does, up to rounding? `auto` picks only from these
-    unusable: Callable = lambda device: None  # torch.device -> why it cannot run there, or None
+    devices: tuple | None = None  # types of device, ("cuda",); None: any
+    dtypes: tuple | None = None  # of q, k and v, (torch.float16, torch.bfloat16); None: any
+    head_dims: tuple | range | None = None  # widths d of a head; None: any
+    block_sizes: tuple | None = None  # of a mask, ((128, 128), (128, 64)) tokens; None: any; (): it takes no mask
+    why_not: Callable = lambda device: None  # torch.device -> what else is missing there, a package say, or None
+
+    def unusable(
+        self,
+        device: torch.device,  # where the tensors are
+    ) -> str | None:  # why this back end cannot run there; None: it can
+        "Why not here?"
+        if self.devices is not None and device.type not in self.devices:
+            return f"needs {' or '.join(d.upper() for d in self.devices)}, tensors are on {device.type}"
+        return self.why_not(device)
+
+    def misfit(
+        self,
+        q: torch.Tensor,  # (B,heads,tokens,d)
+        *,
+        block_mask: torch.Tensor | None = None,  # as in `attend`
+        block_size: tuple = (128, 128),  # as in `attend`
+    ) -> str | None:  # what it takes instead; None: it takes these
+        "What about these tensors does not fit?"
+        sizes = None if block_mask is None else self.block_sizes
+        if sizes == ():
+            return "takes no block_mask"
+        asked = {"dtype": (q.dtype, self.dtypes), "heads of width d =": (q.shape[-1], self.head_dims),
+                 "masks of block_size": (tuple(block_size), sizes)}
+        for what, (given, allowed) in asked.items():
+            if allowed is not None and given not in allowed:
+                return f"takes {what} {_listed(allowed)}, given {given}"
 
 
-backends = {
+def _listed(allowed):
+    if isinstance(allowed, range):
+        return f"{allowed[0]} to {allowed[-1]}" + (f" in steps of {allowed.step}" if allowed.step > 1 else "")
+    return " or ".join(map(str, allowed))
+
+# %% ../nbs/03_attention.ipynb #c6a05dea
+class _Registry(UserDict):
+    "name -> Backend, or the name of the module of this package that holds it as `BACKEND`, loaded when asked for."
+
+    def __getitem__(self, name):
+        found = self.data[name]
+        return _load(found) if isinstance(found, str) else found
+
+
+def _load(module):
+    try:
+        found = importlib.import_module(f"flashvsr_nb.{module}")
+        if hasattr(found, "BACKEND"):
+            return found.BACKEND
+        why = f"flashvsr_nb.{module} has no BACKEND"
+    except ModuleNotFoundError as error:
+        why = f"needs {error.name}, which is not installed"
+    except (ImportError, OSError) as error:  # installed, and does not load: a library built for another torch, say
+        why = f"{module} cannot be loaded: {' '.join(str(error).split())}"
+    return Backend(None, "did not load", exact=False, why_not=lambda device: why)
+
+
+backends = _Registry({
     "reference": Backend(attend_reference, "plain PyTorch, all scores in memory"),
     "sdpa": Backend(_sdpa, "torch scaled_dot_product_attention on each query block's own key blocks"),
-    "flex": Backend(_flex, "torch flex_attention, compiled, skips masked blocks", unusable=_flex_usable),
-}
+    "flex": Backend(_flex, "torch flex_attention, compiled, skips masked blocks", devices=("cuda",),
+                    why_not=_flex_lacks),
+    "sage": "sage_attention", "sparge": "sparge_kernel", "spas": "sparge_attention",
+})
 
 
 def pick_backend(
@@ -209,7 +283,7 @@ def pick_backend(
     "What `auto` means on this device."
     return "sdpa" if backends["flex"].unusable(torch.device(device)) else "flex"
 
-# %% ../nbs/03_attention.ipynb #8420c596
+# %% ../nbs/03_attention.ipynb #8693c123
 def attend(
     q: torch.Tensor,  # (B,heads,query tokens,d)
     k: torch.Tensor,  # (B,heads,key tokens,d), same dtype and device as q
@@ -224,11 +298,14 @@ def attend(
     backend = pick_backend(q.device) if backend == "auto" else backend
     if backend not in backends:
         raise ValueError(f"attention backend {backend!r} is unknown; choose auto or one of: {', '.join(backends)}")
-    if why := backends[backend].unusable(q.device):
+    chosen = backends[backend]
+    if why := chosen.unusable(q.device):
         raise RuntimeError(f"attention backend {backend!r} cannot run here: {why}; use auto or sdpa")
     _check(q, k, v, block_mask, block_size)
+    if why := chosen.misfit(q, block_mask=block_mask, block_size=block_size):
+        raise ValueError(f"attention backend {backend!r} {why}; use auto or sdpa")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return backends[backend].fn(q, k, v, block_mask=block_mask, block_size=tuple(block_size), scale=scale)
+    return chosen.fn(q, k, v, block_mask=block_mask, block_size=tuple(block_size), scale=scale)
 
 
 def _check(q, k, v, block_mask, block_size):

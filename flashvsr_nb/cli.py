@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/11a_cli.ipynb #f8ccee7d
-import argparse, json, os, platform, sys, tempfile, time, warnings
+# %% ../nbs/11a_cli.ipynb #d44a8fc4
+import argparse, json, sys, warnings
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
-from .options import MANUAL, in_frames, json_progress, moment, plan_jobs, say_json
+from .machine import version
+from .options import MANUAL, frame_size, in_frames, json_progress, moment, plan_jobs, say_json, within
 
 # %% ../nbs/11a_cli.ipynb #0ff255a2
 class _Stop(Exception):
@@ -41,13 +41,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise _Stop(2, f"{message}; see {self.prog} --help")
 
-# %% ../nbs/11a_cli.ipynb #d017cae1
+# %% ../nbs/11a_cli.ipynb #5dc372f0
 def _upscale_one(model, info, output, args):
     "One input to one output, and what to say of it."
     start, frames = (in_frames(at, info.fps) for at in (args.start, args.frames))
     with _errors():
         done = model.upscale(info.path, output, scale=args.scale, start=start, frames=frames, seed=args.seed,
-                             crf=args.crf, overwrite=args.overwrite, scene_cut=args.scene_cut,
+                             crf=args.crf, codec=args.codec, pixel_format=args.pixel_format,
+                             overwrite=args.overwrite, scene_cut=args.scene_cut, vram=args.vram, tile=args.tile,
+                             overlap=args.overlap, blend=args.blend, tiling=args.tiling,
                              progress=json_progress(info.path) if args.lines else not args.quiet)
     if args.lines:
         say_json("done", input=info.path, output=done.path, frames=done.frames, width=done.width, height=done.height,
@@ -64,10 +66,7 @@ def _upscale(args):
     with _errors():  # what can be checked without torch comes first: it takes seconds to load
         jobs = plan_jobs(args.input, args.output, kind=args.output_format, overwrite=args.overwrite)
         jobs = [(probe(source), output) for source, output in jobs]
-        from flashvsr_nb.pipeline import FlashVSR
-
-        model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, variant=args.variant,
-                                         device=args.device, attention=args.attention)
+        model = _load(args)
         if jobs[0][1] != args.output:
             args.output.mkdir(exist_ok=True)
     failed = 0
@@ -105,80 +104,85 @@ def _degrade(args):
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height}, preset {args.preset}, "
               f"seed {args.seed}")
 
-# %% ../nbs/11a_cli.ipynb #4001bdf1
-def _version(name):
-    "A package and its version, or that it is missing."
-    try:
-        return f"{name} {metadata.version(name)}"
-    except metadata.PackageNotFoundError:
-        return f"{name} not installed"
-
-
-def _ram():
-    "Memory of this machine, GiB; 0 where it does not say."
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 0
-
-
-def _packages(): return " · ".join(map(_version, ("torch", "av", "numpy", "pillow", "safetensors", "tqdm")))
-
-
-def _extras(): return " · ".join(map(_version, ("triton", "sageattention", "spas_sage_attn", "pyiqa")))
-
-
-def _devices():
-    import torch
-
-    lines = [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} used, {_ram():.1f} GiB of memory"]
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = (n / 2**30 for n in torch.cuda.mem_get_info(i))
-        lines.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, {free:.1f} of {total:.1f} GiB free")
-    if len(lines) == 1:
-        lines.append("cuda: none; " + ("this torch is built without CUDA" if torch.version.cuda is None else
-                                       f"torch for CUDA {torch.version.cuda} finds no GPU"))
-    return "\n".join(lines)
-
-
-def _attention():
-    import torch
-
-    from flashvsr_nb.attention import backends, pick_backend
-
-    lines = []
-    for kind in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
-        lines.append(f"{kind}: auto is {pick_backend(kind)}")
-        for name, backend in backends.items():
-            why = backend.unusable(torch.device(kind))
-            lines.append(f"  {name}: " + (f"not usable here, {why}" if why else f"usable; {backend.about}"))
-    return "\n".join(lines)
-
-
-def _weights():
-    from flashvsr_nb.weights import load_weights
-
-    weights = load_weights("nano")
-    numbers = sum(t.numel() for part in (weights.dit, weights.projector, weights.decoder) for t in part.values())
-    return f"nano: {numbers / 1e6:.2f} million parameters, in the package"
-
-# %% ../nbs/11a_cli.ipynb #940657c6
+# %% ../nbs/11a_cli.ipynb #da6607a6
 def _doctor(args):
-    "What is here and what is missing."
-    checks = {"python": lambda: f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-              "packages": _packages, "optional": _extras, "devices": _devices, "attention": _attention,
-              "weights": _weights}
-    print(_version("flashvsr_nb"))
-    bad = []
-    for name, check in checks.items():
-        try:
-            text = check()
-        except Exception as error:  # a broken installation can fail in any way, and telling so is a doctor's work
-            text, bad = f"BROKEN: {type(error).__name__}: {' '.join(str(error).split())}", [*bad, name]
-        first, *more = text.splitlines()
-        print(f"{name:<11}{first}", *(f"{'':<11}{line}" for line in more), sep="\n")
-    print(f"not well: {', '.join(bad)}; install flashvsr_nb again" if bad else "all well")
-    return int(bool(bad))
+    from flashvsr_nb.machine import doctor
+
+    return doctor()
+
+
+def _load(args):
+    "The model that the options name."
+    from flashvsr_nb.pipeline import FlashVSR
+
+    return FlashVSR.from_pretrained(args.weights, version=args.weights_version, variant=args.variant,
+                                    device=args.device, attention=args.attention, mask=args.mask)
+
+
+def _check_report(path):
+    "Refuse a file for figures that cannot be written, before they are measured."
+    if path and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.absolute().parent} does not exist")
+
+
+def _bench_attention():
+    "The table of all attention kernels, on CUDA only."
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("bench attention: needs a CUDA device, and torch finds none here; see 'flashvsr_nb doctor'")
+    from flashvsr_nb.performance import attention_table, table_text
+
+    result = attention_table(report=lambda row: print(f"{row['name']} at density {row['density']:.2f}: "
+                                                      f"{row['ms']:.2f} ms", file=sys.stderr))
+    print(table_text(result))
+    return result
+
+
+def _bench(args):
+    with _errors():
+        _check_report(args.json)
+        if args.what == "attention":
+            result = _bench_attention()
+        else:
+            from flashvsr_nb.machine import bench
+
+            result = bench(_load(args), size=args.size, frames=args.frames) | {"weights": args.weights}
+            for name, value in result.items():
+                print(f"{name.replace('_', ' '):<29}{value}")
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+# %% ../nbs/11a_cli.ipynb #plan-cd
+def _plan(args):
+    with _errors():
+        from flashvsr_nb.dit import ModelConfig
+        from flashvsr_nb.memory_planner import plan
+
+        config = ModelConfig.nano() if args.model == "nano" else ModelConfig.wan1_3b()
+        found = plan(args.height, args.width, args.vram, frames=args.frames, config=config, ram_gb=args.ram)
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+    return int(not found.fits)
+
+# %% ../nbs/11a_cli.ipynb #eval-cd
+def _evaluate(args):
+    with _errors():
+        from flashvsr_nb.runner import evaluate
+
+        done = evaluate(args.manifest, args.out, weights=args.weights, workers=args.workers, progress=not args.quiet)
+        _report(args)
+    if done["problems"]:
+        raise _Stop(1, f"{len(done['problems'])} problems: {'; '.join(map(str, done['problems']))}")
+
+
+def _report(args):
+    with _errors():
+        from flashvsr_nb.report import report
+
+        text = report(args.out)
+    if not args.quiet:
+        print(text)
+        print(f"{args.out}: results.json, report.md, report.html and pictures")
 
 # %% ../nbs/11a_cli.ipynb #5f021d56
 def _download(args):
@@ -189,92 +193,7 @@ def _download(args):
                           prompt_url=args.prompt_url)
     print(f"{folder}: complete; use it with --weights {folder if args.folder else args.release}")
 
-# %% ../nbs/11a_cli.ipynb #2b8b68f4
-def _within(kind, low, high):
-    "A reader of numbers from `low` to `high` for argparse."
-
-    def read(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    read.__name__ = "number"
-    return read
-
-
-def _size(text):
-    "Width and height from a word like 640x384, for argparse."
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) * int(height)) or int(width) % 4 or int(height) % 4:
-        raise argparse.ArgumentTypeError(f"{text!r}; write it like 640x384, both sides multiples of 4")
-    return int(width), int(height)
-
-# %% ../nbs/11a_cli.ipynb #68a062e3
-def _texture(width, height, frames):
-    "A clip of coloured grain that moves one pixel a frame, (F,H,W,3) uint8."
-    import numpy as np
-
-    a = np.random.default_rng(0).random((height + frames, width + frames, 3))
-    for axis in (0, 1, 0, 1, 0, 1):
-        a = (a + np.roll(a, 1, axis) + np.roll(a, 3, axis)) / 3
-    a = ((a - a.min()) / (a.max() - a.min()) * 255).astype(np.uint8)
-    return np.stack([a[i:i + height, i:i + width] for i in range(frames)])
-
-
-def _time_model(model, clip):
-    "Seconds and output frames of the network alone, after one chunk to warm up."
-    import torch
-
-    from flashvsr_nb.kv_cache import chunk, chunks_for
-    from flashvsr_nb.pipeline import Stream, prepare_lq
-
-    device, spent, given = model.context.device, 0., 0
-    with torch.inference_mode():
-        for warm in (True, False):
-            stream = Stream(model, backend=model.attention)
-            for k in range(2 if warm else chunks_for(len(clip))):
-                frames = clip[[min(i, len(clip) - 1) for i in chunk(k).lq]]
-                lq, _ = prepare_lq(frames, resize=model.cfg.resize, device=device)
-                start = time.perf_counter()
-                given += stream.push(lq).shape[2] * (not warm)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                spent += (time.perf_counter() - start) * (not warm)
-    return spent, given
-
-# %% ../nbs/11a_cli.ipynb #7a7c1a85
-def _bench(args):
-    with _errors():
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{args.json}: the folder {args.json.absolute().parent} does not exist")
-        import torch
-
-        from flashvsr_nb.pipeline import FlashVSR
-        from flashvsr_nb.video import write_video
-
-        model = FlashVSR.from_pretrained(args.weights, version=args.weights_version, variant=args.variant,
-                                         device=args.device, attention=args.attention)
-        width, height = args.size
-        clip = _texture(width // 4, height // 4, args.frames)
-        spent, given = _time_model(model, clip)
-        with tempfile.TemporaryDirectory() as folder:
-            write_video(f"{folder}/lr.mp4", clip, crf=8)
-            done = model.upscale(f"{folder}/lr.mp4", f"{folder}/sr.mp4", progress=False)
-    device = model.context.device
-    result = {
-        "size": f"{width}x{height}", "frames": args.frames, "model_frames_per_second": round(given / spent, 3),
-        "end_to_end_frames_per_second": round(done.frames / done.seconds, 3), "peak_memory_bytes": done.memory,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-        "attention": args.attention, "weights": args.weights, "python": platform.python_version(),
-        "torch": torch.__version__, "flashvsr_nb": metadata.version("flashvsr_nb")}
-    for name, value in result.items():
-        print(f"{name.replace('_', ' '):<29}{value}")
-    if args.json:
-        with _errors():
-            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-# %% ../nbs/11a_cli.ipynb #5b75975d
+# %% ../nbs/11a_cli.ipynb #3a6654c5
 def _model_options(add):
     "What `upscale` and `bench` ask about the model."
     add("--weights", default="nano", metavar="NAME|PATH", help="nano; v1 or v1.1, if downloaded; a file of our "
@@ -284,6 +203,20 @@ def _model_options(add):
         "slower and larger (default: tiny)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1 … (default: auto, a GPU if there is one)")
     add("--attention", default="auto", metavar="NAME", help="back end; see 'flashvsr_nb doctor' (default: auto)")
+    add("--mask", default="lcsa", metavar="NAME", help="which blocks attend: lcsa, what the weights were trained "
+        "with; sparge; lcsa+sparge; dense, all (default: lcsa)")
+
+
+def _tile_options(add):
+    "What `upscale` asks about memory and tiles."
+    add("--vram", type=within(float, 2, 1024), metavar="GB", help="memory of the card that may be used; see "
+        "'flashvsr_nb plan' (default: all)")
+    add("--tile", type=within(int, 16, 10**5), metavar="N", help="work in tiles of N x N input pixels, where the whole "
+        "frame does not fit the memory (default: the whole frame)")
+    add("--overlap", type=within(int, 0, 10**5), default=24, metavar="N", help="of tiles, input pixels (default: 24)")
+    add("--blend", choices=("hann", "linear", "gaussian", "average"), default="hann", help="of tiles (default: hann)")
+    add("--tiling", choices=("ours", "paper", "author"), default="ours", help="ours: tiles share noise, latents and "
+        "colours; paper, author: as published, for comparison (default: ours)")
 
 
 def _file_options(add, several=False):
@@ -293,15 +226,38 @@ def _file_options(add, several=False):
         + more)
     add("output", metavar="OUT", type=Path, help=".mp4 .mov .mkv .webm, .png for one frame, or a folder for PNGs "
         "(a name without suffix)")
-    add("--seed", type=_within(int, 0, 2**63 - 1), default=0, help="same seed, same result (default: 0)")
+    add("--seed", type=within(int, 0, 2**63 - 1), default=0, help="same seed, same result (default: 0)")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--quiet", action="store_true", help="no progress bar, no summary")
 
-# %% ../nbs/11a_cli.ipynb #b394dc8f
+# %% ../nbs/11a_cli.ipynb #eval-par
+def _more_commands(command):
+    "`plan`, `evaluate` and `report`."
+    add = command("plan", _plan, "Say how frames of a size would be run on a card, and what that needs: a prediction, "
+                  "nothing is loaded.")
+    add("height", type=within(int, 1, 10**5), help="of the input, lines")
+    add("width", type=within(int, 1, 10**5), help="of the input, pixels")
+    add("--vram", type=within(float, 2, 1024), default=10, metavar="GB", help="of the card (default: 10)")
+    add("--ram", type=within(float, 1, 10**5), metavar="GB", help="of the machine that may be used (default: any)")
+    add("--frames", type=within(int, 1, 10**9), help="of the clip (default: many)")
+    add("--model", choices=("official", "nano"), default="official", help="(default: official, 1.4 B parameters)")
+    add("--json", action="store_true", help="for programs")
+    add = command("evaluate", _evaluate, "Measure configurations on clips with metrics, as a manifest says; stopped, "
+                  "it goes on when called again.")
+    add("manifest", metavar="TOML", type=Path, help="clips, configurations, metrics; data/evaluate.toml is an example")
+    add("--out", type=Path, default=Path("evaluation"), help="folder for the results (default: evaluation)")
+    add("--weights", type=Path, metavar="FOLDER", help="with weights of metrics (default: the usual caches)")
+    add("--workers", type=within(int, 1, 1024), help="clips at a time (default: as many as cores)")
+    add("--quiet", action="store_true", help="no progress bar, no report on stdout")
+    add = command("report", _report, "Write tables and plots of an evaluation again.")
+    add("out", metavar="FOLDER", type=Path, help="what evaluate wrote")
+    add("--quiet", action="store_true", help="no report on stdout")
+
+# %% ../nbs/11a_cli.ipynb #d019a113
 def _parser():
     parser = _Parser(prog="flashvsr_nb", description="Video super-resolution: four times the size, frame for frame.",
                      allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=_version("flashvsr_nb"))
+    parser.add_argument("--version", action="version", version=version("flashvsr_nb"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     def command(name, run, text, manual=None):
@@ -314,8 +270,10 @@ def _parser():
     add = command("upscale", _upscale, "Make videos four times as large.", MANUAL)
     _file_options(add, several=True)
     _model_options(add)
-    add("--crf", type=_within(float, 0, 51), default=16, help="quality of the video, 0 best to 51 worst (default: 16)")
-    add("--scale", type=_within(float, 1, 4), default=4, help="1 to 4; made 4 times as large, then resampled "
+    add("--crf", type=within(float, 0, 51), default=16, help="quality of the video, 0 best to 51 worst (default: 16)")
+    add("--codec", help="h264 hevc av1 vp9 prores ffv1 (default: h264, in .webm vp9)")
+    add("--pixel-format", metavar="NAME", help="FFmpeg's name, as yuv422p10le (default: yuv420p, which plays anywhere)")
+    add("--scale", type=within(float, 1, 4), default=4, help="1 to 4; made 4 times as large, then resampled "
         "(default: 4)")
     add("--start", type=moment, default=0, metavar="N|TIME", help="frames to skip, or time: 48, 2.5s, 1:30")
     add("--frames", "--preview", type=moment, metavar="N|TIME", help="frames to upscale at most, or time: "
@@ -325,6 +283,7 @@ def _parser():
     add("--json", dest="lines", action="store_true", help="progress and results as lines of JSON on stdout")
     add("--scene-cut", choices=("auto", "off"), default="auto", help="auto: forget the past at each cut, so that no "
         "ghost of the old scene is left; off: never (default: auto)")
+    _tile_options(add)
     add = command("degrade", _degrade, "Make a test input: four times smaller and worse; same seed, same bytes. Videos "
                   "become nearly lossless H.264 (crf 4), a folder of PNGs is exact.")
     _file_options(add)
@@ -339,11 +298,14 @@ def _parser():
     add("--unchecked", action="store_true", help="take files whose SHA-256 is not the known one")
     add("--prompt-url", metavar="URL", help="of posi_prompt.pth, if not GitHub's")
     command("doctor", _doctor, "Say which versions, devices, attention back ends and weights are here.")
-    add = command("bench", _bench, "Measure frames per second and memory on this machine.")
-    add("--size", type=_size, default=(640, 384), metavar="WxH", help="of the output (default: 640x384)")
-    add("--frames", type=_within(int, 1, 10**6), default=40, help="length of the clip (default: 40)")
+    add = command("bench", _bench, "Measure frames per second and memory on this machine; or, on a GPU, the attention "
+                  "kernels.")
+    add("what", nargs="?", choices=("model", "attention"), default="model", help="(default: model)")
+    add("--size", type=frame_size, default=(640, 384), metavar="WxH", help="of the output (default: 640x384)")
+    add("--frames", type=within(int, 1, 10**6), default=40, help="length of the clip (default: 40)")
     add("--json", type=Path, metavar="FILE", help="write the figures here, too")
     _model_options(add)
+    _more_commands(command)
     return parser
 
 # %% ../nbs/11a_cli.ipynb #f755ce1c

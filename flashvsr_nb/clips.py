@@ -92,7 +92,7 @@ def draw_recipe(
 def _code(frames, crf):  # uint8 (F, h, w, 3), in a worker process
     return np.stack(list(compress(frames, crf=crf)))
 
-# %% ../nbs/12a_clips.ipynb #21a8f846
+# %% ../nbs/12a_clips.ipynb #b23c7054
 def _cut(videos, frames, *, size):
     "A piece of a real clip, uint8 (frames, 3, size, size); mirrored where that is too small."
     x = videos[int(torch.randint(len(videos), ()))]
@@ -104,6 +104,22 @@ def _cut(videos, frames, *, size):
     return x[..., top : top + size, left : left + size]
 
 
+def _vary(hr):
+    "Mirrored, turned, another exposure and, half the time, the colours in another order: few pictures become many."
+    for dim in (-1, -2, 0):
+        hr = hr.flip(dim) if torch.rand(()) < 0.5 else hr
+    hr = hr.transpose(-1, -2) if torch.rand(()) < 0.5 else hr
+    hr = hr[:, torch.randperm(3).tolist()] if torch.rand(()) < 0.5 else hr
+    return ((hr / 255.0) ** float(torch.rand(()) + 0.6) * 255).round().to(torch.uint8).contiguous()
+
+
+def _damage(hr, coded, workers):
+    "LR of a clip, uint8: there, or promised by a worker that codes it."
+    recipe, noise = draw_recipe(coded), torch.Generator(hr.device).manual_seed(int(torch.randint(2**62, ())))
+    lr = (recipe(hr / 255, generator=noise) * 255).round().byte()
+    return lr if recipe.crf is None else workers.submit(_code, lr.permute(0, 2, 3, 1).cpu().numpy(), recipe.crf)
+
+
 def _crop(hr, lr, frames, size):
     "The same window of both clips of a pair; a single frame is repeated."
     side = size // 4
@@ -112,9 +128,9 @@ def _crop(hr, lr, frames, size):
     hr = hr[..., 4 * top : 4 * (top + side), 4 * left : 4 * (left + side)]
     return hr.expand(frames, -1, -1, -1), lr.expand(frames, -1, -1, -1)
 
-# %% ../nbs/12a_clips.ipynb #a11c51b8
+# %% ../nbs/12a_clips.ipynb #b5e179f9
 class Clips:
-    "An endless supply of pairs: a pool of HR clips with their LR, some of them renewed as training goes on."
+    "An endless supply of pairs: a pool of HR clips with their LR, the oldest of them replaced as training goes on."
 
     def __init__(
         self,
@@ -127,12 +143,14 @@ class Clips:
         real: float = 0.2,  # share of pairs cut from `videos`
         frozen: float = 0.1,  # share of pairs that are one frame, repeated: what a still image is to the network
         coded: float = 0.6,  # share of damaged clips
-        renew: int = 4,  # batches to a new pair
+        fresh: int = 3,  # new pairs to a batch
         workers,  # a concurrent.futures.Executor: the codec runs there
     ):
         self.stills, self.videos, self.frames, self.size = stills, videos, frames, size
         self.real, self.frozen, self.coded, self.workers = real, frozen, coded, workers
-        self.pairs, self.coming, self.renew, self.batches, self.taken = [], deque(), renew, 0, 0
+        self.pairs, self.coming, self.fresh, self.taken = [], deque(), fresh, 0
+        cuda = bool(stills + videos) and (stills + videos)[0].is_cuda
+        self.side = torch.cuda.Stream(priority=-1) if cuda else None  # clips are made beside the training step
         for _ in range(pool):
             self._order()
         self.pairs = [self._arrived() for _ in range(pool)]
@@ -141,34 +159,31 @@ class Clips:
         self,
         n: int,  # pairs
     ) -> tuple:  # HR (n, F, 3, size, size) and LR (n, F, 3, size/4, size/4), both uint8
-        "n random crops of the pool; now and then a pair is ordered, and takes the place of the oldest when it is done."
-        if self.batches % self.renew == self.renew - 1:
+        "n random crops of the pool; pairs are ordered, and each takes the place of the oldest when it is done."
+        for _ in range(self.fresh):
             self._order()
         while self.coming and (torch.is_tensor(self.coming[0][1]) or self.coming[0][1].done()):
             self.pairs[self.taken % len(self.pairs)] = self._arrived()
             self.taken += 1
-        self.batches += 1
         pick = lambda: self.pairs[int(torch.randint(len(self.pairs), ()))]
         return tuple(torch.stack(x) for x in zip(*(_crop(*pick(), self.frames, self.size) for _ in range(n))))
 
     def _order(self):
         "Make an HR clip and its reduction, and hand it to the codec."
-        real = self.videos and torch.rand(()) < self.real
-        make, source = (_cut, self.videos) if real else (moving_stills, self.stills)
-        hr = make(source, self.frames, size=self.size + 32)
-        hr = hr[:1] if torch.rand(()) < self.frozen else hr
-        for dim in (-1, -2, 0):
-            hr = hr.flip(dim) if torch.rand(()) < 0.5 else hr
-        hr = (hr.transpose(-1, -2) if torch.rand(()) < 0.5 else hr).contiguous()
-        recipe, noise = draw_recipe(self.coded), torch.Generator(hr.device)
-        lr = (recipe(hr / 255, generator=noise.manual_seed(int(torch.randint(2**62, ())))) * 255).round().byte()
-        if recipe.crf is not None:
-            lr = self.workers.submit(_code, lr.permute(0, 2, 3, 1).cpu().numpy(), recipe.crf)
-        self.coming.append((hr, lr))
+        with torch.cuda.stream(self.side):
+            real = self.videos and torch.rand(()) < self.real
+            make, source = (_cut, self.videos) if real else (moving_stills, self.stills)
+            hr = make(source, self.frames, size=self.size + 32)
+            hr = _vary(hr[:1] if torch.rand(()) < self.frozen else hr)
+            self.coming.append((hr, _damage(hr, self.coded, self.workers)))
 
     def _arrived(self):
         "The oldest pair on order, once its LR is there."
         hr, lr = self.coming.popleft()
         if not torch.is_tensor(lr):
             lr = torch.from_numpy(lr.result()).permute(0, 3, 1, 2).to(hr.device)
+        if self.side:
+            torch.cuda.current_stream().wait_stream(self.side)
+            for x in (hr, lr):
+                x.record_stream(torch.cuda.current_stream())  # not to be overwritten while a step still reads it
         return hr, lr

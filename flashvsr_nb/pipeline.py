@@ -6,8 +6,9 @@
 __all__ = ['pick_device', 'FlashVSR']
 
 # %% ../nbs/11_pipeline.ipynb #70d27ead
-import ctypes, math, re
+import ctypes, math, re, warnings
 from contextlib import suppress
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -16,9 +17,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .attention import backends
+from .decoder import TCDecoder
 from .dit import Conditioning, ModelConfig
 from .files import Clip, Upscaled, output_size, peak_memory, write_clip
 from .kv_cache import chunk
+from .lean_stream import to_levels, to_values
+from .mask_policies import mask_policy
+from .memory_planner import open_stream, plan
 from .scenes import split_scenes
 from .streaming import Stream, noise_at, prepare_lq
 from .tiling import make_stream
@@ -59,9 +64,11 @@ class _Model(torch.nn.Module):
         context: int = 8,  # prompt positions of a new model
         parts=None,  # (dit, projector, decoder, context) to use; None: new ones with random weights
         attention: str = "auto",  # back end
+        mask="lcsa",  # mask policy by name, or a policy
     ):
         super().__init__()
         self.cfg, self.attention, self._cond = cfg, attention, None
+        self.policy = mask_policy(mask, cfg) if isinstance(mask, str) else mask
         self.dit, self.projector, self.decoder, prompt = parts or (
             *_modules(cfg).values(), torch.randn(1, context, cfg.text_dim))
         self.context = torch.nn.Parameter(prompt)
@@ -100,8 +107,8 @@ def _enlarge(stream, frames, size=None):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W), or of the `size` (height, width), uint8 in RAM."
     sr = stream.enlarge(np.stack(frames))
     if size is not None:
-        sr = F.interpolate(sr, size, mode="bicubic", antialias=True).clamp_(-1, 1)
-    return sr.add_(1).mul_(127.5).round_().byte().cpu().numpy()
+        sr = F.interpolate(to_values(sr), size, mode="bicubic", antialias=True)
+    return (sr if sr.dtype == torch.uint8 else to_levels(sr)).cpu().numpy()
 
 
 def _run(stream, frames, size=None):
@@ -130,9 +137,9 @@ def _tell(frames, progress, total, device):
             if callable(progress):
                 progress(done, total)
 
-# %% ../nbs/11_pipeline.ipynb #9c84b41e
-class FlashVSR(_Model):
-    "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
+# %% ../nbs/11_pipeline.ipynb #pretrained1
+class _Pretrained(_Model):
+    "A model that finds its own weights."
     @classmethod
     def from_pretrained(
         cls,
@@ -143,15 +150,35 @@ class FlashVSR(_Model):
         device="auto",  # "auto", "cpu", "cuda", "cuda:1" …
         dtype: torch.dtype | None = None,  # None: float32 on the CPU, else bfloat16, or float16 where the GPU lacks it
         attention: str = "auto",  # back end; "auto": the fastest exact one
+        mask="lcsa",  # "lcsa", what the weights were trained with; "sparge", "lcsa+sparge", "dense"; or a policy
     ):  # FlashVSR, ready to run
         "Load a model; what only its start needs is dropped again."
         device = pick_device(device)
         _check_attention(attention, device)
         weights = load_weights(name, version=version, variant=variant)
+        mask = mask_policy(mask, weights.cfg) if isinstance(mask, str) else mask
         if device.type == "cpu":
             _keep_freed_memory()
-        return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention).freeze()
+        return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention, mask=mask).freeze()
 
+# %% ../nbs/11_pipeline.ipynb #planned-cd
+def _planned(model, clip, vram, options):
+    "What begins the stream of a scene: as the options say; on a GPU, or with `vram`, as the memory planner says."
+    device = model.context.device
+    if not isinstance(model.decoder, TCDecoder) or vram is None and (options["tile"] or device.type != "cuda"):
+        return partial(make_stream, model, **options)
+    vram = math.ceil(torch.cuda.mem_get_info(device)[1] / 2**30) if vram is None else vram
+    chosen = plan(clip.height, clip.width, vram, frames=clip.total, config=model.cfg, overlap=options["overlap"])
+    if not chosen.fits:
+        raise ValueError(f"{clip.width}x{clip.height} does not fit in {vram:g} GiB of video memory: the smallest way, "
+                         f"{chosen.name}, needs {chosen.vram:,} MiB of {chosen.budget:,}; make the input smaller, "
+                         "or use device cpu")
+    rest = {k: v for k, v in options.items() if k in ("seed", "noise", "policy", "backend")}
+    return partial(open_stream, chosen, model, tell=lambda line: warnings.warn(line, stacklevel=2), **rest)
+
+# %% ../nbs/11_pipeline.ipynb #9c84b41e
+class FlashVSR(_Pretrained):
+    "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
     def upscale(
         self,
         input,  # a file, an image, a folder of images; uint8 (F,H,W,3) or (H,W,3); an iterator of frames
@@ -166,28 +193,34 @@ class FlashVSR(_Model):
         tile: int | None = None,  # side of tiles, LR px, for frames that do not fit the memory; None: the frame at once
         overlap: int = 24,  # of tiles, LR px
         blend: str = "hann",  # of tiles: "hann", "linear", "gaussian" or "average"
+        vram: float | None = None,  # GiB of a card's memory that may be used; None: the card's; on a CPU only if given
         tiling: str = "ours",  # "ours": tiles that share noise, latents, colours; "paper", "author": for comparison
         fps=None,  # frames per second of the output; None: the input's, else 25
         crf: float = 16,  # quality of a video: 0 best to 51 worst
+        codec: str | None = None,  # h264 hevc av1 vp9 prores ffv1; None: h264, in .webm vp9
+        pixel_format: str | None = None,  # FFmpeg's name, as yuv422p10le; None: yuv420p, which plays anywhere
         overwrite: bool = False,  # an existing output may be replaced
         progress=True,  # a bar on stderr; False: silent; or a function, called with (frames done, in all or None)
     ):  # with an output: Upscaled; else uint8 (F,4H,4W,3) or (4H,4W,3) for an array, an iterator of frames for the rest
         "Four times the size, frame for frame, in memory that does not depend on the number of frames."
         noise_at(range(0), 1, 1, seed=seed)  # refuses a wrong seed now
         options = dict(tile=tile, overlap=overlap, blend=blend, tiling=tiling, seed=seed, noise=noise,
-                       backend=self.attention)
+                       policy=self.policy, backend=self.attention)
         make_stream(self, **options)  # and wrong tiles
+        if vram is not None and tile is not None:
+            raise ValueError(f"vram={vram}, tile={tile}; give one of them: with vram a plan is made, tiles included")
         if scene_cut not in ("auto", "off"):
             raise ValueError(f"scene_cut={scene_cut!r}; allowed are 'auto' and 'off'")
         clip, device = Clip(input, start=start, frames=frames), self.context.device
         width, height = output_size(clip.width, clip.height, scale, output)
         size = None if scale == 4 else (height, width)
         scenes = split_scenes(clip.frames) if scene_cut == "auto" else [clip.frames]
-        sr = chain.from_iterable(_run(make_stream(self, **options), scene, size) for scene in scenes)
+        begin = _planned(self, clip, vram, options)
+        sr = chain.from_iterable(_run(begin(), scene, size) for scene in scenes)
         sr = _tell(sr, progress, clip.total, device)
         if output is not None:
-            return write_clip(clip, sr, output, size=(width, height), fps=fps, device=device, crf=crf,
-                              overwrite=overwrite)
+            return write_clip(clip, sr, output, size=(width, height), fps=fps, device=device, crf=crf, codec=codec,
+                              pixel_format=pixel_format, overwrite=overwrite)
         if not hasattr(input, "shape"):
             return sr
         sr = np.stack(list(sr))

@@ -135,7 +135,7 @@ class _OnRing:
         "Which slab lies where"
         return self.ring.order
 
-# %% ../nbs/05a_small_caches.ipynb #e5ee9258
+# %% ../nbs/05a_small_caches.ipynb #4eb70c88
 class QuantizedCache(_OnRing):
     "Keys and values in INT8, quantised once, when written: half the bytes of bfloat16"
     def __init__(
@@ -161,7 +161,7 @@ class QuantizedCache(_OnRing):
     ) -> QuantizedKV: # all that this chunk attends to, good until the next write (off-loaded: in the group)
         "Quantise the chunk's keys and values over the oldest slabs"
         _check_slabs(self, k)
-        n = k.shape[2] // self.slab
+        n, k, v = k.shape[2] // self.slab, k.detach(), v.detach()
         if self.mean == 'first' and self.frozen is None: self.frozen = k.mean(2, keepdim=True, dtype=torch.float32)
         slabs = [self._quantize(_rows(k, i, n), _rows(v, i, n)) for i in range(n)]
         self.kv = QuantizedKV(*self.ring.put([torch.cat(parts, 2) for parts in zip(*slabs)], n))

@@ -98,24 +98,9 @@ def _injected(noise, need, latents):
                          f"T at least {latents.stop} so far")
     return noise[:, :, latents.start:latents.stop]
 
-# %% ../nbs/06d_streaming.ipynb #74d891d6
-class Stream:
-    "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
-    def __init__(
-        self,
-        model,  # FlashVSR, or whatever has its cfg, dit, projector, decoder and cond
-        *,
-        seed: int = 0,  # of the noise
-        noise=None,  # (1,16,T,H/8,W/8) for the whole video, instead of the seed's
-        place: tuple = (0, 0),  # (top, left) of the video in a larger one, cells of 8 px: the noise there is taken
-        kv_slabs: int | None = None,  # slabs kept in the KV caches; None: the config's
-        cache=KVCache,  # class of the KV caches
-        **options,  # policy, backend, record: as for `DiT`
-    ):
-        self.model, self.seed, self.noise, self.cache, self.options = model, seed, noise, cache, options
-        self.place, self.kv_slabs = place, kv_slabs or model.cfg.kv_slabs
-        self.k, self.caches, self.projector, self.decoder, self.ahead = 0, None, None, None, None
-
+# %% ../nbs/06d_streaming.ipynb #c828900f
+class _Steps:
+    "The steps of a stream: what it does with one chunk."
     def denoise(
         self,
         lq: torch.Tensor,  # (B,3,25,H,W) at the start, then (B,3,8,H,W), in [-1,1], in the model's dtype
@@ -156,6 +141,24 @@ class Stream:
     ) -> torch.Tensor:  # as `lq`, in [-1,1]
         "Pixels of a chunk, with the colours of LQ where the config says so."
         return color_fix(self.decode(latents, lq), lq, method=self.model.cfg.color_fix)
+
+# %% ../nbs/06d_streaming.ipynb #74d891d6
+class Stream(_Steps):
+    "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
+    def __init__(
+        self,
+        model,  # FlashVSR, or whatever has its cfg, dit, projector, decoder and cond
+        *,
+        seed: int = 0,  # of the noise
+        noise=None,  # (1,16,T,H/8,W/8) for the whole video, instead of the seed's
+        place: tuple = (0, 0),  # (top, left) of the video in a larger one, cells of 8 px: the noise there is taken
+        kv_slabs: int | None = None,  # slabs kept in the KV caches; None: the config's
+        cache=KVCache,  # class of the KV caches
+        **options,  # policy, backend, record: as for `DiT`
+    ):
+        self.model, self.seed, self.noise, self.cache, self.options = model, seed, noise, cache, options
+        self.place, self.kv_slabs = place, kv_slabs or model.cfg.kv_slabs
+        self.k, self.caches, self.projector, self.decoder, self.ahead = 0, None, None, None, None
 
     def push(
         self,

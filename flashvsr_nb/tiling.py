@@ -6,7 +6,7 @@
 __all__ = ['BLENDS', 'SHARED', 'tile_grid', 'tile_weights', 'merge_tiles', 'merge_author', 'SeparateTiles', 'TiledStream',
            'in_clips', 'make_stream']
 
-# %% ../nbs/07_tiling.ipynb #59fdf400
+# %% ../nbs/07_tiling.ipynb #7fe22fc8
 from collections import deque
 from itertools import islice, product
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .decoder import color_fix
-from .streaming import Stream, prepare_lq
+from .streaming import Stream, noise_at
 
 # %% ../nbs/07_tiling.ipynb #40f11898
 def tile_grid(
@@ -108,7 +108,7 @@ def merge_author(
         total[r, c] += w
     return out / torch.where(total == 0, 1, total) * 2 - 1
 
-# %% ../nbs/07_tiling.ipynb #3cf28bb5
+# %% ../nbs/07_tiling.ipynb #9429178a
 class _Tiles:
     "What both kinds of tiled streams do."
     def _seen(self, parts, rows, cols):
@@ -135,6 +135,8 @@ class SeparateTiles(_Tiles):
         **options,  # as for `Stream`
     ):
         tile_grid(1, tile, overlap=overlap)  # refuses wrong ones now
+        if tiling not in ("paper", "author"):
+            raise ValueError(f"tiling={tiling!r}; allowed are 'paper' and 'author'")
         if options.get("noise") is not None:
             raise ValueError(f"noise= is that of the whole frame, which tiling={tiling!r} knows not; use tiling='ours'")
         self.model, self.tile, self.overlap, self.tiling, self.options = model, tile, overlap, tiling, options
@@ -160,11 +162,29 @@ class SeparateTiles(_Tiles):
             return merge_tiles(seen, rows, cols, blend="average")
         return merge_author(seen, rows, cols, ramp=4 * self.overlap)
 
-# %% ../nbs/07_tiling.ipynb #ce2f9081
+# %% ../nbs/07_tiling.ipynb #23b20781
+class _Grid(_Tiles, Stream):
+    "The tiles of `TiledStream`: where they lie, what each is given, how results are merged."
+    def _start(self, height, width):
+        self.rows, self.cols = (tile_grid(n, 4 * self.tile, overlap=4 * self.overlap, snap=4 * self.snap)
+                                for n in (height, width))
+        self.tiles = [self._stream(r, c) for r, c in product(self.rows, self.cols)]
+
+    def _stream(self, rows, cols):
+        place, own = (rows.start // 8, cols.start // 8), dict(self.own)
+        if self.noise is not None:
+            own["noise"] = self.noise[..., place[0]:rows.stop // 8, place[1]:cols.stop // 8]
+        return Stream(self.model, **own, place=place if "noise" in self.shared else (0, 0))
+
+    def _merge(self, parts, scale=1):
+        spans = [[slice(s.start // scale, s.stop // scale) for s in axis] for axis in (self.rows, self.cols)]
+        return merge_tiles(self._seen(parts, *spans), *spans, blend=self.blend)
+
+# %% ../nbs/07_tiling.ipynb #b9fdfd41
 SHARED = ("tokens", "noise", "latents", "colors")
 
 
-class TiledStream(_Tiles, Stream):
+class TiledStream(_Grid):
     "A stream whose DiT works in tiles that advance together; what they have in common is `shared`."
     def __init__(
         self,
@@ -187,21 +207,6 @@ class TiledStream(_Tiles, Stream):
         snap = snap if -(-overlap // snap) * snap < tile else 4
         self.tile, self.overlap, self.snap, self.blend, self.shared = tile, overlap, snap, blend, shared
         self.on_tile, self.tiles, self.own = on_tile or (lambda rows, cols, result: None), None, options
-
-    def _start(self, height, width):
-        self.rows, self.cols = (tile_grid(n, 4 * self.tile, overlap=4 * self.overlap, snap=4 * self.snap)
-                                for n in (height, width))
-        self.tiles = [self._stream(r, c) for r, c in product(self.rows, self.cols)]
-
-    def _stream(self, rows, cols):
-        place, own = (rows.start // 8, cols.start // 8), dict(self.own)
-        if self.noise is not None:
-            own["noise"] = self.noise[..., place[0]:rows.stop // 8, place[1]:cols.stop // 8]
-        return Stream(self.model, **own, place=place if "noise" in self.shared else (0, 0))
-
-    def _merge(self, parts, scale=1):
-        spans = [[slice(s.start // scale, s.stop // scale) for s in axis] for axis in (self.rows, self.cols)]
-        return merge_tiles(self._seen(parts, *spans), *spans, blend=self.blend)
 
     def denoise(
         self,
@@ -257,7 +262,7 @@ def in_clips(
         tail, before = given[len(given) - overlap:], list(held)
     yield from before
 
-# %% ../nbs/07_tiling.ipynb #e4dfe8f8
+# %% ../nbs/07_tiling.ipynb #18f93e8d
 def make_stream(
     model,  # as for `Stream`
     *,
@@ -272,6 +277,7 @@ def make_stream(
         raise ValueError(f"tiling={tiling!r}; allowed are 'ours', 'paper' and 'author'")
     if blend not in BLENDS:
         raise ValueError(f"blend={blend!r}; allowed are {', '.join(BLENDS)}")
+    noise_at(range(0), 1, 1, seed=options.get("seed", 0))  # refuses a wrong seed now
     if tile is None:
         return Stream(model, **options)
     if tile < 1 or not 0 <= overlap < tile:

@@ -182,7 +182,7 @@ class _Step:
         with torch.cuda.graph(self.graph):
             self.result = self._run(self.hr, self.lr, "reference")  # the other back ends look at the mask on the CPU
 
-# %% ../nbs/13_training.ipynb #897ed321
+# %% ../nbs/13_training.ipynb #659f8f22
 class Trainer:
     "Weights, their moving average, optimiser and clock."
 
@@ -229,9 +229,13 @@ class Trainer:
     ):
         "Train until the minutes are over."
         start, before = time.perf_counter(), self.spent
+        draw = lambda: large.batch(1) if large is not None and self.step % 40 == 39 else small.batch(batch)
+        pair = draw()
         while self.spent < self.budget:
-            big = large is not None and self.step % 40 == 39
-            result = self.update(*(large.batch(1) if big else small.batch(batch)))
+            result = self.update(*pair)
+            pair = draw()  # while the GPU works
+            if self.gradients.device.type == "cuda":
+                torch.cuda.synchronize()  # the clock is to tell the GPU's time
             if self.step % 100 == 0:
                 report(dict(step=self.step, seconds=round(self.spent, 1), **{k: float(v) for k, v in result.items()}))
             self.spent = before + time.perf_counter() - start

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; read when Triton is imported
 torch.set_num_threads(min(torch.get_num_threads(), 4))  # tests are small; more threads only wait for each other
 # Wall-clock deadlines fail on busy machines; on CI the examples are the same at every run.
 hypothesis.settings.register_profile("flashvsr_nb", deadline=None, derandomize="CI" in os.environ)

