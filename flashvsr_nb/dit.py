@@ -273,9 +273,10 @@ class Conditioning:
     t6: torch.Tensor # (1, 6, D)
     prompt: list # per block: (k, v), each (1, heads, n, d)
 
-# %% ../nbs/04_dit.ipynb #7b861649
-def _embed(patch_embedding, x, tokens, size):
+# %% ../nbs/04_dit.ipynb #40f87db0
+def _embed(patch_embedding, x, tokens):
     "Patches of the latents plus LQ tokens, in window order, as the tokens come"
+    size = torch.Size((x.shape[2], x.shape[3] // 2, x.shape[4] // 2))
     out, done, n = [], 0, size[1] * size[2]
     for part in [tokens] if isinstance(tokens, torch.Tensor) else tokens:
         f = part.shape[1] // n
@@ -287,9 +288,9 @@ def _embed(patch_embedding, x, tokens, size):
         done += f
     if done < size[0]:
         raise ValueError(f"DiT: {done * n} lq_tokens, but latents {tuple(x.shape)} make {size.numel()}")
-    return out[0] if len(out) == 1 else torch.cat(out, 1)
+    return (out[0] if len(out) == 1 else torch.cat(out, 1)), size
 
-# %% ../nbs/04_dit.ipynb #18b766f8
+# %% ../nbs/04_dit.ipynb #1dad7b69
 class DiT(nn.Module):
     "The streaming video DiT; module and parameter names are those of the official checkpoint (825 tensors)"
     def __init__(
@@ -339,7 +340,7 @@ class DiT(nn.Module):
         rows: int = 4096, # tokens at a time where no gradient is wanted; 0: all, as where one is
     ) -> torch.Tensor: # (B, 16, f, H/8, W/8) velocity
         "Velocity of one chunk; x0 = x - velocity"
-        y = _embed(self.patch_embedding, x, lq_tokens, size := torch.Size((x.shape[2], x.shape[3] // 2, x.shape[4] // 2)))
+        y, size = _embed(self.patch_embedding, x, lq_tokens)
         attn = dict(grid=block_grid(*size[1:]), policy=policy or self.cfg.lcsa, backend=backend, record=record)
         rope = rope_table(size, self.cfg.dim // self.cfg.heads, f0=f0, device=x.device)
         lean = rows and not torch.is_grad_enabled()
