@@ -106,7 +106,7 @@ def seam_score(
         for x in lines:
             other = profile[[y for y in free if (y - x) % period == 0]]
             if not len(other):
-                raise ValueError(f"seam_score: no place for a shifted line; period={period} is too long for the picture")
+                raise ValueError(f"seam_score: no place for a shifted line; period={period} is too long for this size")
             shifted += rng.choice(other, grids)
             known.append(profile[x])
             excess.append(profile[x] - other.mean())
