@@ -75,13 +75,13 @@ def seam_profile(
     out[at] = y.mean(0)
     return out
 
-# %% ../nbs/07a_seams.ipynb #d0e59c93
+# %% ../nbs/07a_seams.ipynb #9bb19224
 @dataclass(frozen=True)
 class SeamScore:
     "How much a known grid stands out."
     value: float  # mean of the statistic over the grid's lines
     usual: float  # the same, mean over grids shifted at random
-    z: float  # (value - usual) / standard deviation over those grids: 0 ± 1 where there is no seam
+    z: float  # (value - usual) / deviation, over those grids and among the grid's own lines: 0 ± 1 where no seam is
     ratio: float  # value / usual
 
 
@@ -97,7 +97,7 @@ def seam_score(
     **options,  # reach, segment: as for `seam_profile`
 ) -> SeamScore:
     "The statistic on the known grid against the same on grids whose lines are shifted at random."
-    shifted, known, rng = np.zeros(grids), [], np.random.default_rng(seed)
+    shifted, known, excess, rng = np.zeros(grids), [], [], np.random.default_rng(seed)
     guard = 2 * options.get("reach", 8)
     for axis, lines in ((0, rows), (1, cols)):
         profile = seam_profile(video, kind=kind, axis=axis, **options)
@@ -106,13 +106,15 @@ def seam_score(
         for x in lines:
             other = profile[[y for y in free if (y - x) % period == 0]]
             if not len(other):
-                raise ValueError(f"seam_score: no place for a shifted line; period={period} is too long for this picture")
+                raise ValueError(f"seam_score: no place for a shifted line; period={period} is too long for this size")
             shifted += rng.choice(other, grids)
             known.append(profile[x])
+            excess.append(profile[x] - other.mean())
     if not known:
         raise ValueError(f"seam_score: rows={rows}, cols={cols}; there must be a line away from the border")
     value, shifted = float(np.mean(known)), shifted / len(known)
-    usual, spread = float(shifted.mean()), float(shifted.std())
+    usual, own = float(shifted.mean()), np.std(excess, ddof=1) if len(excess) > 1 else 0  # one bright line is no grid
+    spread = float(np.sqrt(shifted.var() + own**2 / len(known)))
     return SeamScore(value, usual, (value - usual) / max(spread, 1e-9), value / usual if usual else float("inf"))
 
 # %% ../nbs/07a_seams.ipynb #2b4b9d95

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flashvsr_nb.seams import (KINDS, difference_map, overlap_disagreement, overlap_sharpness, seam_lines,
+from flashvsr_nb.seams import (KINDS, SeamScore, difference_map, overlap_disagreement, overlap_sharpness, seam_lines,
                                seam_profile, seam_score)
 from flashvsr_nb.tiling import merge_author, merge_tiles, tile_grid
 from flashvsr_nb.video import read_video
@@ -145,7 +145,7 @@ def test_a_grid_of_the_network_is_no_seam():
 
 def test_scores_repeat_and_say_what_they_are(natural):
     a, b = (seam_score(natural, *lines_of(natural)) for _ in range(2))
-    assert a == b and a.ratio == pytest.approx(a.value / a.usual)
+    assert isinstance(a, SeamScore) and a == b and a.ratio == pytest.approx(a.value / a.usual)
 
 
 @pytest.mark.parametrize("rows, cols, options, said", [([], [], {}, "there must be a line"), ([3], [], {}, "there must be a line"),
