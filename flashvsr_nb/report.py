@@ -126,7 +126,7 @@ def _html(heading, text, rows, level=2):
 _STYLE = ("body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
           "td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:left}img{max-width:100%}")
 
-# %% ../nbs/11d_report.ipynb #5c642889
+# %% ../nbs/11d_report.ipynb #a08db70f
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
@@ -137,7 +137,7 @@ def _dots(plt, results, path):
             if any(r["set"] == s and r["metric"] == m for r in results["summary"])]
     across = min(3, len(rows))
     down = -(-len(rows) // across)
-    size = 3 * across, (0.34 * len(names) + 1.1) * down
+    size = 3 * across, (0.34 * len(names) + 1.3) * down
     fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
     for ax, (s, m) in zip(axes.flat, rows):
         for r in results["summary"]:
@@ -147,8 +147,8 @@ def _dots(plt, results, path):
                     ax.plot([r["low"], r["high"]], [y, y], color=_COLOURS[y % 8], lw=2)
                 ax.plot(r["mean"], y, "o", color=_COLOURS[y % 8])
         about = results["metrics"][m]
-        ax.set(title=f"{s}: {m} {_ARROW[about['better']]}", xlabel=about["unit"] or m, yticks=range(len(names)),
-               ylim=(len(names) - 0.5, -0.5))
+        ax.set(xlabel=about["unit"] or m, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+        ax.set_title(f"{s}\n{m} {_ARROW[about['better']]}", fontsize=10)
         ax.set_yticklabels(names if ax in axes[:, 0] else [])
     for ax in axes.flat[len(rows):]:
         ax.axis("off")
