@@ -1,6 +1,5 @@
 """Widgets in a real browser: what a hand does, and what then changes on the screen."""
 import json
-import os
 
 import browser_page as bp
 import numpy as np
@@ -212,13 +211,14 @@ def test_tiles_follow_the_sliders(page):
     viewer = TileExplorer(clip(1, 120, 200)[0], tile=96, overlap=16, snap="4")
     bp.show(page, viewer)
     w = root(page)
-    for name, value in (("overlap", 40), ("tile", 64), ("size", 4), ("snap", "32"), ("size", 0)):
+    for name, value in (("overlap", 40), ("tile", 64), ("size", 4), ("overlap", 12), ("snap", "32"), ("size", 0)):
         setattr(viewer, name, value)
         before = bp.picture(w)
         bp.move(w, name, value)
         assert changed(before, bp.picture(w)) > 0.01, name
         plan, mine = json.loads(w.get_attribute("data-plan")), viewer.layout()
-        assert plan["cols"] == [[s.start, s.stop] for s in mine["cols"]] and plan["redundancy"] == pytest.approx(mine["redundancy"])
+        assert plan["cols"] == [[s.start, s.stop] for s in mine["cols"]]
+        assert plan["redundancy"] == pytest.approx(mine["redundancy"])
     bar = bp.picture(w, 1)
     bp.move(w, "vram", 4)
     assert changed(bar, bp.picture(w, 1)) > 0.01
@@ -258,7 +258,7 @@ def test_seams_show_first_an_idea_and_then_what_was_measured(page):
     assert "first idea" in page.locator(".fvsr-read").last.inner_text()
 
 
-def test_two_views_of_one_model_and_a_clean_end(page):
+def test_a_closed_view_leaves_nothing_behind(page):
     bp.show(page, CompareVideo(clip(3), clip(3)))
     page.evaluate("close_widget()")
     assert page.locator(".fvsr").count() == 0
@@ -337,7 +337,3 @@ def test_notebook_12c_in_jupyterlab(notebook):
     bp.move(w, "view", "seams")
     w.get_by_text("Seam map: measured").wait_for(timeout=60_000)  # by the model, in the kernel
     page.close()
-
-
-def test_ci_has_a_browser():
-    assert WHY_NOT is None or "CI" not in os.environ

@@ -27,7 +27,6 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 
 def node(widget, expression, **values):
     "What a function of a widget's front end gives for JSON values."
-    code = f"{widget._esm}\nconst given = JSON.parse(process.env.GIVEN ?? require('fs').readFileSync(0));"
     code = f"{widget._esm}\nimport {{ readFileSync }} from 'node:fs';\nconst given = JSON.parse(readFileSync(0));\n"
     code += f"console.log(JSON.stringify({expression}));"
     done = subprocess.run(["node", "--input-type=module", "-e", code], input=json.dumps(values), capture_output=True,
