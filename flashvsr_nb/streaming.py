@@ -98,7 +98,7 @@ def _injected(noise, need, latents):
                          f"T at least {latents.stop} so far")
     return noise[:, :, latents.start:latents.stop]
 
-# %% ../nbs/06d_streaming.ipynb #74d891d6
+# %% ../nbs/06d_streaming.ipynb #25061d0c
 class Stream:
     "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
     def __init__(
