@@ -98,6 +98,93 @@ def _injected(noise, need, latents):
                          f"T at least {latents.stop} so far")
     return noise[:, :, latents.start:latents.stop]
 
+# %% ../nbs/06d_streaming.ipynb #25061d0c
+class Stream:
+    "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
+    def __init__(
+        self,
+        model,  # FlashVSR, or whatever has its cfg, dit, projector, decoder and cond
+        *,
+        seed: int = 0,  # of the noise
+        noise=None,  # (1,16,T,H/8,W/8) for the whole video, instead of the seed's
+        place: tuple = (0, 0),  # (top, left) of the video in a larger one, cells of 8 px: the noise there is taken
+        kv_slabs: int | None = None,  # slabs kept in the KV caches; None: the config's
+        cache=KVCache,  # class of the KV caches
+        **options,  # policy, backend, record: as for `DiT`
+    ):
+        self.model, self.seed, self.noise, self.cache, self.options = model, seed, noise, cache, options
+        self.place, self.kv_slabs = place, kv_slabs or model.cfg.kv_slabs
+        self.k, self.caches, self.projector, self.decoder, self.ahead = 0, None, None, None, None
+
+    def denoise(
+        self,
+        lq: torch.Tensor,  # (B,3,25,H,W) at the start, then (B,3,8,H,W), in [-1,1], in the model's dtype
+        *,
+        tokens: torch.Tensor | None = None,  # the projector's for this chunk, if already there
+    ) -> torch.Tensor:  # (B,16,6,H/8,W/8), then (B,16,2,H/8,W/8)
+        "LQ tokens, noise, one step of the DiT: clean latents x0 = noise - velocity."
+        m, at, h, w = self.model, chunk(self.k).latents, lq.shape[-2] // 8, lq.shape[-1] // 8
+        if self.noise is None:
+            x = noise_at(at, h, w, seed=self.seed, channels=m.cfg.channels, top=self.place[0], left=self.place[1])
+        else:
+            x = _injected(self.noise, (m.cfg.channels, h, w), at)
+        x = x.to(lq).expand(len(lq), -1, -1, -1, -1)
+        if tokens is None:
+            tokens, self.projector = m.projector(lq, self.projector)
+        if self.caches is None:
+            self.caches = [self.cache(h * w // 2, keep=self.kv_slabs) for _ in m.dit.blocks]
+        self.k += 1
+        return x - m.dit(x, tokens, m.cond, f0=at.start, caches=self.caches, **self.options)
+
+    def decode(
+        self,
+        latents: torch.Tensor,  # clean ones, from `denoise`
+        lq: torch.Tensor,  # (B,3,21,H,W), then (B,3,8,H,W): the frames that come out
+    ) -> torch.Tensor:  # as `lq`, float32, about [-1,1]
+        "Pixels of a chunk, their colours not yet corrected."
+        y, lq = [], lq.to(latents.dtype)
+        for part in latents.split(2, 2):  # the six latents of the first chunk at once would triple the memory needed
+            n = 4 * part.shape[2] - 3 * (self.decoder is None)
+            frames, self.decoder = self.model.decoder(part, lq[:, :, :n], self.decoder)
+            y, lq = [*y, 2 * frames.float() - 1], lq[:, :, n:]
+        return torch.cat(y, 2)
+
+    def finish(
+        self,
+        latents: torch.Tensor,  # clean ones, from `denoise`
+        lq: torch.Tensor,  # (B,3,21,H,W), then (B,3,8,H,W), float32: the frames that come out
+    ) -> torch.Tensor:  # as `lq`, in [-1,1]
+        "Pixels of a chunk, with the colours of LQ where the config says so."
+        return color_fix(self.decode(latents, lq), lq, method=self.model.cfg.color_fix)
+
+    def push(
+        self,
+        lq: torch.Tensor,  # the next (B,3,25,H,W), then (B,3,8,H,W), in [-1,1], H and W multiples of 128
+    ) -> torch.Tensor:  # (B,3,21,H,W), then (B,3,8,H,W), float32 in [-1,1]: SR, 4 frames behind what was read
+        "One chunk from LQ to SR."
+        want, dtype = len(chunk(self.k).lq), self.model.dit.patch_embedding.weight.dtype
+        if lq.ndim != 5 or lq.shape[1:3] != (3, want) or lq.shape[3] % 128 or lq.shape[4] % 128:
+            raise ValueError(f"Stream.push: lq has shape {tuple(lq.shape)}; chunk {self.k} must be (B,3,{want},H,W), "
+                             "H and W multiples of 128")
+        latents = self.denoise(lq.to(dtype))
+        lq = lq if self.ahead is None else torch.cat([self.ahead, lq], 2)
+        lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()  # a view would keep the whole chunk alive
+        return self.finish(latents, lq)
+
+    def enlarge(
+        self,
+        frames,  # the next 25, then 8, LR frames, (F,H,W,3) uint8
+    ) -> torch.Tensor:  # (21,3,4H,4W), then (8,3,4H,4W), float32 in [-1,1]
+        "One chunk from LR to SR: `prepare_lq`, `push`, and the border cut off."
+        lq, (rows, cols) = prepare_lq(frames, resize=self.model.cfg.resize,
+                                      device=self.model.dit.patch_embedding.weight.device)
+        return self.push(lq)[0, :, :, rows, cols].transpose(0, 1)
+
+    @property
+    def cache_bytes(self) -> int:  # bytes
+        "What the KV caches hold now."
+        return sum(t.nbytes for cache in self.caches or () for t in vars(cache).values() if torch.is_tensor(t))
+
 # %% ../nbs/06d_streaming.ipynb #c828900f
 class _Steps:
     "The steps of a stream: what it does with one chunk."
