@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/11a_cli.ipynb #d44a8fc4
-import argparse, json, sys, warnings
+import argparse, json, os, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,6 +113,7 @@ def _doctor(args):
 
 def _load(args):
     "The model that the options name."
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # what the planner's figures are for
     from flashvsr_nb.pipeline import FlashVSR
 
     return FlashVSR.from_pretrained(args.weights, version=args.weights_version, variant=args.variant,
