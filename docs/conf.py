@@ -1,5 +1,7 @@
-"""Settings of the site. `tools/build_site.py` lays out the pages (notebooks, API reference, map) and runs Sphinx on them."""
+"""Settings of the site. `tools/build_site.py` lays out the pages (notebooks, reference, map) and runs Sphinx."""
+import html
 import json
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -19,7 +21,7 @@ version = release = _settings["version"]
 language = "en"
 
 extensions = ["myst_nb", "sphinx.ext.githubpages"]
-myst_enable_extensions = ["dollarmath", "attrs_block"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # the stored outputs are the site's pictures
 nb_merge_streams = True
@@ -38,7 +40,11 @@ pygments_dark_style = "a11y-high-contrast-dark"
 
 def _mathml(tex, display):
     "A formula as MathML; `\\lVert` is the one command of the notebooks that the converter does not know."
-    return convert(tex.replace(r"\lVert", r"\|").replace(r"\rVert", r"\|"), display=display)
+    try:
+        return convert(tex.replace(r"\lVert", r"\|").replace(r"\rVert", r"\|"), display=display)
+    except Exception as error:  # of many kinds; the reader gets the source, the author this line
+        print(f"note: shown as text, not a formula ({type(error).__name__}): {tex!r}", file=sys.stderr)
+        return f"<code>{html.escape(tex)}</code>"
 
 
 def _write_inline(self, node):

@@ -54,7 +54,7 @@ def test_what_a_reader_wrote_is_never_lost(steps, tmp_path_factory):
         mine = written not in (None, new, then)
         assert now == (written if mine else new)
         assert ("nbs/a.ipynb" in fates["kept"]) == mine
-        assert sorted(name for names in fates.values() for name in names) == ["data/c.mp4", "nbs/a.ipynb", "nbs/b.ipynb"]
+        assert sorted(sum(fates.values(), [])) == ["data/c.mp4", "nbs/a.ipynb", "nbs/b.ipynb"]
         then = then if mine else new
 
 
@@ -140,7 +140,8 @@ def test_wheel_carries_the_course(tmp_path):
     source.mkdir()
     for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "flashvsr_nb", source / "flashvsr_nb", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    ignore = shutil.ignore_patterns("__pycache__", "assets")
+    shutil.copytree(ROOT / "flashvsr_nb", source / "flashvsr_nb", ignore=ignore)
     names = ["nbs/index.ipynb", "nbs/11e_lab.ipynb", "nbs/images/compare.jpg", "data/README.md", "data/city_lr.mp4",
              "data/results/widgets.json", "tests/loopback.py", "tests/stand_ins/sageattention.py"]
     for name in names:

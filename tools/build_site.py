@@ -1,6 +1,6 @@
 """Build the site from the notebooks as they are stored, without running them: `python tools/build_site.py OUT`.
 
-Needs the extra `site`. OUT is made, or replaced if it holds an earlier site. A dead link, a picture without a description or
+Needs the extra `site`. OUT is made, or replaced if it holds an earlier site. A dead link, a picture without description or
 any other warning fails the build. `--only NAME ...` builds a part; links to what is left out become text.
 """
 import argparse
@@ -29,11 +29,17 @@ PARTS = [  # title, numbers of its notebooks
 ]
 LANGUAGE = {"name": "python", "pygments_lexer": "python"}
 _DIRECTIVES = re.compile(r"^#\|.*\n?", re.M)
+_LOCAL = re.compile(r"!?\[([^]]*)\]\((?!https?:|#)[^)]*\)")
 _TITLES = {"title", "suptitle", "set_title"}
 _LABELS = {"xlabel", "ylabel", "set_xlabel", "set_ylabel"}
 
 
 # Notebooks
+
+def label(module, name, *, prefix=""):
+    "A name for links to a public name; it differs for `Plan` and `plan`, which Sphinx takes for the same."
+    return f"{prefix}{module}.{name if name == name.lower() else f'cased.{name}'}"
+
 
 def title_of(nb):
     "Title and subtitle of a notebook, from its first cell."
@@ -48,7 +54,7 @@ def module_of(nb):
 
 def seconds_of(nb):
     "What the where-we-are line says about the time to run, or an empty text."
-    found = re.search(r"about ([\d–-]+ (?:s|min))", "\n".join(cell["source"] for cell in nb["cells"][:3]))
+    found = re.search(r"about\s+([\d–-]+ (?:s|min))\b", "\n".join(cell["source"] for cell in nb["cells"][:3]))
     return found[1] if found else ""
 
 
@@ -83,7 +89,8 @@ def alt_texts(nb):
             for kind, data in output.get("data", {}).items():
                 if kind in ("image/png", "image/jpeg"):
                     own = output["metadata"].get(kind, {}).get("alt")
-                    found[hashlib.sha256(b64decode("".join(data))).hexdigest()] = own or figure_text(cell["source"], section)
+                    name = hashlib.sha256(b64decode("".join(data))).hexdigest()
+                    found[name] = own or figure_text(cell["source"], section)
     return found
 
 
@@ -101,8 +108,12 @@ def page_of(nb, kept):
         elif is_export({"cell_type": "code", "source": "".join(f"#| {mark}\n" for mark in marks)}):
             cell["metadata"] = {"tags": ["export"]}
             if names := [node.name for node in public_definitions(cell["source"])]:
-                targets = "\n".join(f"(built.{module}.{name})=" for name in names)
+                targets = "\n".join(f"({label(module, name, prefix='built.')})=" for name in names)
                 cells.append({"cell_type": "markdown", "id": f"to-{cell['id']}", "metadata": {}, "source": targets})
+        for output in cell.get("outputs", []):  # Markdown made by a run links to files of that run, which are gone
+            data = output.get("data", {})
+            if "text/markdown" in data:
+                data["text/markdown"] = _LOCAL.sub(r"\1", "".join(data["text/markdown"]))
         cells.append(cell)
     return dict(nb, cells=cells, metadata=dict(nb["metadata"], language_info=LANGUAGE))
 
@@ -121,8 +132,21 @@ def code(text):
 
 def table(head, rows):
     "A Markdown table."
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("\\|", "|").replace("|", "\\|") for cell in line) + " |" for line in lines)
+    def cell(text):
+        return text.replace("\\|", "|").replace("|", "\\|")
+
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def arguments(function):
+    "Parameters in order, without self and cls: node, default, name with its stars."
+    args = function.args
+    positional = [*args.posonlyargs, *args.args]
+    found = [*zip(positional, [None] * (len(positional) - len(args.defaults)) + args.defaults, [""] * len(positional))]
+    found += [(args.vararg, None, "*")] if args.vararg else []
+    found += zip(args.kwonlyargs, args.kw_defaults, [""] * len(args.kwonlyargs))
+    found += [(args.kwarg, None, "**")] if args.kwarg else []
+    return [(arg, default, stars + arg.arg) for arg, default, stars in found if arg.arg not in ("self", "cls")]
 
 
 class Module:
@@ -133,7 +157,8 @@ class Module:
         self.tree = ast.parse(text)
         self.comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(text).readline)
                          if t.type == tokenize.COMMENT}
-        assigned = {n.targets[0].id: n for n in self.tree.body if isinstance(n, ast.Assign) and hasattr(n.targets[0], "id")}
+        assigned = {n.targets[0].id: n for n in self.tree.body
+                    if isinstance(n, ast.Assign) and hasattr(n.targets[0], "id")}
         defined = {n.name: n for n in self.tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         self.public = {name: node for name in ast.literal_eval(assigned["__all__"].value)
                        if (node := defined.get(name) or assigned.get(name))}
@@ -143,34 +168,30 @@ class Module:
 
     def parameters(self, function):
         "Rows of parameters and the return: name, type, default, what the comment says."
-        args, rows = function.args, []
-        positional = [*args.posonlyargs, *args.args]
-        defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
-        entries = [(a, d, a.arg) for a, d in zip(positional, defaults)]
-        entries += [(args.vararg, None, f"*{args.vararg.arg}")] if args.vararg else []
-        entries += [(a, d, a.arg) for a, d in zip(args.kwonlyargs, args.kw_defaults)]
-        entries += [(args.kwarg, None, f"**{args.kwarg.arg}")] if args.kwarg else []
-        end = function.lineno
+        entries, rows, end = arguments(function), [], function.lineno
         for arg, default, name in entries:
             end = (default or arg).end_lineno
-            if name not in ("self", "cls"):
-                rows.append([code(name), code(arg.annotation and ast.unparse(arg.annotation)),
-                             code(default and ast.unparse(default)), plain(self.comment(arg.lineno, end))])
-        gives, says = function.returns and ast.unparse(function.returns), self.comment(end + 1, function.body[0].lineno - 1)
+            alone = sum(other.lineno == arg.lineno for other, _, _ in entries) == 1
+            rows.append([code(name), code(arg.annotation and ast.unparse(arg.annotation)),
+                         code(default and ast.unparse(default)),
+                         plain(self.comment(arg.lineno, end)) if alone else ""])
+        gives = function.returns and ast.unparse(function.returns)
+        says = self.comment(end + 1, function.body[0].lineno - 1)
         return rows + ([["returns", code(gives), "", plain(says)]] if says or gives not in (None, "None") else [])
 
     def function(self, node, name, level):
         "Heading, signature, docstring and table of a function or method."
-        signature = ast.unparse(node.args)
-        for own in ("self, ", "cls, ", "self", "cls"):
-            signature = signature.removeprefix(own) if "." in name else signature
+        parts = []
+        for arg, default, shown in arguments(node):
+            if arg in node.args.kwonlyargs and not node.args.vararg and "*" not in parts:
+                parts.append("*")
+            parts.append(shown + (f"={ast.unparse(default)}" if default else ""))
         gives = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        short = f"{name}({signature}){gives}"
-        if len(short) > 90:
-            short = f"{name}(\n    " + ast.unparse(node.args).replace(", ", ",\n    ") + f",\n){gives}" if "[" not in signature \
-                else short
+        signature = f"{name}({', '.join(parts)}){gives}"
+        if len(signature) > 80:
+            signature = f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){gives}"
         rows = self.parameters(node)
-        return [f"{'#' * level} {plain(name)}", f"```python\n{short}\n```", *self.said(node),
+        return [f"{'#' * level} {plain(name)}", f"```python\n{signature}\n```", *self.said(node),
                 *([table(["parameter", "type", "default", "what it is"], rows)] if rows else [])]
 
     def said(self, node):
@@ -178,7 +199,7 @@ class Module:
 
     def describe(self, name, node):
         "Blocks of Markdown about one public name."
-        where = f"[Built in {plain(title_of(self.notebook)[0])}](#built.{self.name}.{name})"
+        where = f"[Built in {plain(title_of(self.notebook)[0])}](#{label(self.name, name, prefix='built.')})"
         if isinstance(node, ast.FunctionDef):
             return [*self.function(node, name, 2), where]
         if isinstance(node, ast.Assign):
@@ -204,7 +225,7 @@ class Module:
         intro = inspect.cleandoc(ast.get_docstring(self.tree) or "")
         blocks = [f"# {PACKAGE}.{self.name}".replace("_", "\\_"), plain(intro)]
         for name, node in self.public.items():
-            blocks += [f"({self.name}.{name})=", *self.describe(name, node)]
+            blocks += [f"({label(self.name, name)})=", *self.describe(name, node)]
         return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -224,8 +245,8 @@ def course_map(notebooks):
         rows = [[f"[{name.split('_')[0]} {title_of(nb)[0]}](nbs/{name}.ipynb)", title_of(nb)[1], seconds_of(nb),
                  f"[{module}](api/{module}.md)" if (module := module_of(nb)) else ""] for name, nb in inside.items()]
         blocks += [f"### {part}", table(["notebook", "what it is about", "runs in", "module"], rows)]
-        menus.append(toctree(part, [f"nbs/{name}" for name in inside]))
-    first = ["nbs/index", "data/README"] if "index" in notebooks else ["data/README"]
+        menus.append(toctree(part, [f"{n.split('_')[0]} {title_of(nb)[0]} <nbs/{n}>" for n, nb in inside.items()]))
+    first = ["Overview <nbs/index>"] * ("index" in notebooks) + ["The clips <data/README>"]
     return "\n\n".join([*blocks, toctree("The project", first), *menus, toctree("Reference", ["api/index"])])
 
 
@@ -254,11 +275,12 @@ def lay_out(source, names=None):
         made = Module(module, (ROOT / PACKAGE / f"{module}.py").read_text(encoding="utf-8"), nb)
         (source / f"api/{module}.md").write_text(made.page(), encoding="utf-8")
         modules.append(module)
-        rows.append([f"[{module}]({module}.md)", ", ".join(f"[{plain(n)}](#{module}.{n})" for n in made.public)])
+        rows.append([f"[{module}]({module}.md)", ", ".join(f"[{plain(n)}](#{label(module, n)})" for n in made.public)])
     (source / "alt.json").write_text(json.dumps(alt, ensure_ascii=False), encoding="utf-8")
     intro = f"# Reference\n\nEvery public name of `{PACKAGE}`, by module, in the order of the course.\n\n"
     menu = "\n".join(["```{toctree}", ":hidden:", "", *modules, "```"])
-    (source / "api/index.md").write_text(f"{intro}{table(['module', 'public names'], rows)}\n\n{menu}\n", encoding="utf-8")
+    listed = table(["module", "public names"], rows)
+    (source / "api/index.md").write_text(f"{intro}{listed}\n\n{menu}\n", encoding="utf-8")
     front = (ROOT / "docs/index.md").read_text(encoding="utf-8").replace("<!-- map -->", course_map(notebooks))
     if "index" not in notebooks:
         front = front.replace("[The overview](nbs/index.ipynb)", "The overview")
