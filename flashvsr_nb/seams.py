@@ -75,7 +75,7 @@ def seam_profile(
     out[at] = y.mean(0)
     return out
 
-# %% ../nbs/07a_seams.ipynb #9bb19224
+# %% ../nbs/07a_seams.ipynb #c352ba95
 @dataclass(frozen=True)
 class SeamScore:
     "How much a known grid stands out."

@@ -98,7 +98,7 @@ def _injected(noise, need, latents):
                          f"T at least {latents.stop} so far")
     return noise[:, :, latents.start:latents.stop]
 
-# %% ../nbs/06d_streaming.ipynb #c828900f
+# %% ../nbs/06d_streaming.ipynb #923733b2
 class _Steps:
     "The steps of a stream: what it does with one chunk."
     def denoise(
@@ -142,7 +142,7 @@ class _Steps:
         "Pixels of a chunk, with the colours of LQ where the config says so."
         return color_fix(self.decode(latents, lq), lq, method=self.model.cfg.color_fix)
 
-# %% ../nbs/06d_streaming.ipynb #74d891d6
+# %% ../nbs/06d_streaming.ipynb #48617964
 class Stream(_Steps):
     "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
     def __init__(
