@@ -17,8 +17,14 @@ __all__ = ["LIMIT", "Box", "turn"]
 LIMIT = 3  # boxes, at most
 
 
+class _Base:
+    def opened(self):  # the same box
+        "Without its lid."
+        return self
+
+
 @dataclass(frozen=True)
-class Box:
+class Box(_Base):
     "A box_with|signs."
 
     side: int = 1  # cm
@@ -62,6 +68,7 @@ def test_reference_has_each_comment_in_its_row(page):
     assert "| `side` | `int` | `1` | cm |" in page
     assert "| returns |  |  | twice `x` |" in page and "## LIMIT" in page and "boxes, at most" in page
     assert r"A box\_with\|signs." in page and "turn(x, *rest, by=None, **options) -> Tensor" in page
+    assert "### Box.opened" in page and "Without its lid." in page and "| returns |  |  | the same box |" in page
     assert "hidden" not in page and "own" not in re.sub("known|shown", "", page)
 
 
@@ -94,6 +101,8 @@ def test_every_picture_gets_a_description():
 def test_a_figure_is_described_by_its_titles_and_axes():
     code = 'ax.set_title(f"Seams of {n} px")\nax.set(xlabel="px", ylabel="levels")\nplt.title("Seams of … px")'
     assert build_site.figure_text(code, "Costs") == "Seams of … px (axes: px; levels)"
+    curve = 'plt.plot(x, label=f"tile {n}"); plt.ylabel("ms")'
+    assert build_site.figure_text(curve, "Costs") == "Figure of the section “Costs” (axes: ms. curves: tile …)"
     assert build_site.figure_text("plt.show()", "Costs") == "Figure of the section “Costs”"
 
 

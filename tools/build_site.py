@@ -1,7 +1,7 @@
 """Build the site from the notebooks as they are stored, without running them: `python tools/build_site.py OUT`.
 
-Needs the extra `site`. OUT is made, or replaced if it holds an earlier site. A dead link, a picture without description or
-any other warning fails the build. `--only NAME ...` builds a part; links to what is left out become text.
+Needs the extra `site`. OUT is made, or replaced if it holds an earlier site. A dead link, a picture without description
+or any other warning fails the build. `--only NAME ...` builds a part; links to what is left out become text.
 """
 import argparse
 import ast
@@ -66,17 +66,17 @@ def words(node):
 
 
 def figure_text(source, section):
-    "A description of a figure without one: titles and axes that the code gives it; else the section it is in."
-    titles, labels = [], []
+    "A description of a figure without one: titles, axes and curves as the code names them, or the section it is in."
+    titles, labels, curves = [], [], []
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
         named = [(name, call.args[0])] if call.args else []
         for key, value in [*named, *((k.arg, k.value) for k in call.keywords)]:
-            into = titles if key in _TITLES else labels if key in _LABELS else []
+            into = titles if key in _TITLES else labels if key in _LABELS else curves if key == "label" else []
             into.append(words(value))
-    titles, labels = ([*dict.fromkeys(filter(None, found))] for found in (titles, labels))
-    text = "; ".join(titles) or f"Figure of the section “{section}”"
-    return text + (f" (axes: {'; '.join(labels)})" if labels else "")
+    titles, labels, curves = ([*dict.fromkeys(filter(None, found))] for found in (titles, labels, curves))
+    more = [f"{what}: {'; '.join(found)}" for what, found in (("axes", labels), ("curves", curves)) if found]
+    return ("; ".join(titles) or f"Figure of the section “{section}”") + (f" ({'. '.join(more)})" if more else "")
 
 
 def alt_texts(nb):
@@ -159,9 +159,9 @@ class Module:
                          if t.type == tokenize.COMMENT}
         assigned = {n.targets[0].id: n for n in self.tree.body
                     if isinstance(n, ast.Assign) and hasattr(n.targets[0], "id")}
-        defined = {n.name: n for n in self.tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        self.defined = {n.name: n for n in self.tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         self.public = {name: node for name in ast.literal_eval(assigned["__all__"].value)
-                       if (node := defined.get(name) or assigned.get(name))}
+                       if (node := self.defined.get(name) or assigned.get(name))}
 
     def comment(self, first, last):
         return " ".join(self.comments[line] for line in range(first, last + 1) if line in self.comments)
@@ -176,7 +176,7 @@ class Module:
                          code(default and ast.unparse(default)),
                          plain(self.comment(arg.lineno, end)) if alone else ""])
         gives = function.returns and ast.unparse(function.returns)
-        says = self.comment(end + 1, function.body[0].lineno - 1)
+        says = self.comment(end + bool(entries), function.body[0].lineno - 1)
         return rows + ([["returns", code(gives), "", plain(says)]] if says or gives not in (None, "None") else [])
 
     def function(self, node, name, level):
@@ -193,6 +193,14 @@ class Module:
         rows = self.parameters(node)
         return [f"{'#' * level} {plain(name)}", f"```python\n{signature}\n```", *self.said(node),
                 *([table(["parameter", "type", "default", "what it is"], rows)] if rows else [])]
+
+    def methods(self, node):
+        "Name to method of a class, with those of private classes of the module that it builds on."
+        found = {m.name: m for m in node.body if isinstance(m, ast.FunctionDef)}
+        for base in (self.defined.get(getattr(base, "id", None)) for base in node.bases):
+            if base is not None and base.name[0] == "_":
+                found = self.methods(base) | found
+        return found
 
     def said(self, node):
         return [plain(text)] if (text := inspect.cleandoc(ast.get_docstring(node) or "")) else []
@@ -211,13 +219,14 @@ class Module:
                    plain(self.comment(f.lineno, f.end_lineno))] for f in node.body if isinstance(f, ast.AnnAssign)]
         blocks = [f"## {plain(name)}", f"```python\n{ast.unparse(ast.ClassDef(node.name, node.bases, [], [], []))}\n```"
                   .replace(":\n", "\n"), *self.said(node)]
-        methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
-        first = [row for m in methods if m.name == "__init__" for row in self.parameters(m)]
+        methods = self.methods(node)
+        first = self.parameters(methods["__init__"]) if "__init__" in methods else []
         if fields or first:
             blocks.append(table(["parameter", "type", "default", "what it is"], fields + first))
         blocks.append(where)
-        for method in (m for m in methods if m.name[0] != "_" or m.name == "__call__"):
-            blocks += self.function(method, f"{name}.{method.name}", 3)
+        for key, method in methods.items():
+            if key[0] != "_" or key == "__call__":
+                blocks += self.function(method, f"{name}.{key}", 3)
         return blocks
 
     def page(self):
