@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_device', 'FlashVSR']
 
-# %% ../nbs/11_pipeline.ipynb #70d27ead
+# %% ../nbs/11_pipeline.ipynb #11c81198
 import ctypes, math, re, warnings
 from contextlib import suppress
 from functools import partial
@@ -54,7 +54,7 @@ def _check_attention(name, device):
         why = backends[name].unusable(device) if name in backends else "there is no such back end"
         raise ValueError(f"attention={name!r} cannot be used: {why}; on {device.type} choose from {', '.join(usable)}")
 
-# %% ../nbs/11_pipeline.ipynb #e234b1ea
+# %% ../nbs/11_pipeline.ipynb #75685a86
 class _Model(torch.nn.Module):
     "The parts of a model, and how they are made ready."
     def __init__(
@@ -101,7 +101,7 @@ def _keep_freed_memory():
         for option, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             mallopt(option, size)
 
-# %% ../nbs/11_pipeline.ipynb #b8c92380
+# %% ../nbs/11_pipeline.ipynb #ee0b9b10
 @torch.inference_mode()
 def _enlarge(stream, frames, size=None):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W), or of the `size` (height, width), uint8 in RAM."
@@ -137,7 +137,7 @@ def _tell(frames, progress, total, device):
             if callable(progress):
                 progress(done, total)
 
-# %% ../nbs/11_pipeline.ipynb #pretrained1
+# %% ../nbs/11_pipeline.ipynb #f8a972fa
 class _Pretrained(_Model):
     "A model that finds its own weights."
     @classmethod
@@ -161,7 +161,7 @@ class _Pretrained(_Model):
             _keep_freed_memory()
         return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention, mask=mask).freeze()
 
-# %% ../nbs/11_pipeline.ipynb #planned-cd
+# %% ../nbs/11_pipeline.ipynb #ad12a0af
 def _planned(model, clip, vram, options):
     "What begins the stream of a scene: as the options say; on a GPU, or with `vram`, as the memory planner says."
     device = model.context.device
@@ -176,7 +176,7 @@ def _planned(model, clip, vram, options):
     rest = {k: v for k, v in options.items() if k in ("seed", "noise", "policy", "backend")}
     return partial(open_stream, chosen, model, tell=lambda line: warnings.warn(line, stacklevel=2), **rest)
 
-# %% ../nbs/11_pipeline.ipynb #9c84b41e
+# %% ../nbs/11_pipeline.ipynb #e9065bb9
 class FlashVSR(_Pretrained):
     "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
     def upscale(

@@ -8,7 +8,6 @@ __all__ = ['layout', 'seam_map', 'at_least', 'TileExplorer']
 # %% ../nbs/12c_tile_explorer.ipynb #128d7b40
 import numpy as np
 import torch
-import traitlets as tr
 from PIL import Image, ImageDraw
 
 from .dit import ModelConfig
@@ -16,7 +15,7 @@ from .small_caches import cache_bytes
 from .streaming import Stream, prepare_lq
 from .tiling import BLENDS, TiledStream, tile_grid
 from .weights import empty_modules
-from .widgets import _clip, _code, _Viewer, jpeg_frames
+from .widgets import _clip, _code, _Viewer, jpeg_frames, tr
 
 # %% ../nbs/12c_tile_explorer.ipynb #7fa71d0c
 def layout(

@@ -10,7 +10,6 @@ import io
 
 import numpy as np
 import torch
-import traitlets as tr
 from PIL import Image, ImageDraw
 
 from .attention import LCSA, locality_mask, select_blocks
@@ -19,7 +18,7 @@ from .recorder import Recording, slab_frames
 from .small_caches import cache_bytes, dequantize_blocks, quantize_blocks
 from .sparge_attention import select_mass
 from .streaming import prepare_lq
-from .widgets import _clip, _code, _draw_text, _Viewer, jpeg_frames
+from .widgets import _clip, _code, _draw_text, _Viewer, jpeg_frames, tr
 
 # %% ../nbs/12b_viewers.ipynb #6c9b09e1
 def replay(

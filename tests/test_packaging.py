@@ -42,7 +42,8 @@ def test_import_is_quick_and_light(tmp_path):
 
 
 def test_modules_load_no_optional_package(tmp_path):
-    names = sorted(path.stem for path in (ROOT / "flashvsr_nb").glob("*.py") if path.name[0] != "_")
+    widgets = {"widgets", "viewers", "tile_explorer"}  # they are of no use without
+    names = sorted({path.stem for path in (ROOT / "flashvsr_nb").glob("*.py") if path.name[0] != "_"} - widgets)
     code = (f"import importlib, json, sys\nfound = {{}}\nfor name in {names}:\n"
             "    importlib.import_module('flashvsr_nb.' + name)\n"
             f"    for m in {NOT_IN_MODULES}:\n        if m in sys.modules: found.setdefault(m, name)\n"
@@ -107,7 +108,7 @@ def test_wheel_metadata(wheel, settings):
     names = {name.split("/", 1)[1]: name for name in archive.namelist() if ".dist-info/" in name}
     about = Parser().parsestr(archive.read(names["METADATA"]).decode())
     assert about["Version"] == settings["version"] and about["Requires-Python"] == ">=" + settings["min_python"]
-    assert {*about.get_all("Provides-Extra")} == {"hub", "eval", "notebooks", "gpu", "dev", "all"}
+    assert {*about.get_all("Provides-Extra")} == {"hub", "eval", "notebooks", "gpu", "site", "dev", "all"}
     core = [need for need in about.get_all("Requires-Dist") if "extra ==" not in need]
     assert "torch>=2.11" in core and len(core) == len(settings["requirements"].split())
     everything = " ".join(need for need in about.get_all("Requires-Dist") if "all" in need.split("extra == ")[-1])
