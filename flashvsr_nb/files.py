@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['output_size', 'Clip', 'peak_memory', 'Upscaled', 'write_clip']
 
-# %% ../nbs/10b_files.ipynb #47c84b00
-import math, os, re, sys, tempfile, time, warnings
+# %% ../nbs/10b_files.ipynb #a8b306ea
+import math, os, re, signal, sys, tempfile, threading, time, warnings
 from collections import deque
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -113,7 +113,23 @@ class Upscaled:
     seconds: float  # from the first frame read to the file closed
     memory: int | None  # peak so far, bytes
 
-# %% ../nbs/10b_files.ipynb #152e665e
+# %% ../nbs/10b_files.ipynb #37c61f25
+@contextmanager
+def _unbroken():
+    "Ctrl-C waits until this is done: a frame is written and counted, or neither."
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread only
+        yield
+        return
+    came, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *call: came.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(*came[0])
+
+# %% ../nbs/10b_files.ipynb #47e16d71
 def _sound_from(path, skipped, start, scratch):
     "A file with the sound of another, `skipped` seconds left out after its `start`; packets are copied as they are."
     import av
@@ -152,7 +168,8 @@ def write_clip(
             with closing(frames), writer:
                 try:
                     for frame in frames:
-                        writer.write(frame, clip.stamps.popleft() if fps is None else None)
+                        with _unbroken():
+                            writer.write(frame, clip.stamps.popleft() if fps is None else None)
                 except KeyboardInterrupt as stop:
                     cut = stop
                     raise
