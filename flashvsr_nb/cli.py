@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/11a_cli.ipynb #d44a8fc4
+# %% ../nbs/11a_cli.ipynb #df8accb1
 import argparse, json, os, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise _Stop(2, f"{message}; see {self.prog} --help")
 
-# %% ../nbs/11a_cli.ipynb #5dc372f0
+# %% ../nbs/11a_cli.ipynb #18625cc1
 def _upscale_one(model, info, output, args):
     "One input to one output, and what to say of it."
     start, frames = (in_frames(at, info.fps) for at in (args.start, args.frames))
@@ -104,7 +104,7 @@ def _degrade(args):
         print(f"{done.path}: {done.frames} frames of {done.width}x{done.height}, preset {args.preset}, "
               f"seed {args.seed}")
 
-# %% ../nbs/11a_cli.ipynb #da6607a6
+# %% ../nbs/11a_cli.ipynb #86ca57ed
 def _doctor(args):
     from flashvsr_nb.machine import doctor
 
@@ -154,7 +154,7 @@ def _bench(args):
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/11a_cli.ipynb #plan-cd
+# %% ../nbs/11a_cli.ipynb #3f58af8e
 def _plan(args):
     with _errors():
         from flashvsr_nb.dit import ModelConfig
@@ -165,7 +165,7 @@ def _plan(args):
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
     return int(not found.fits)
 
-# %% ../nbs/11a_cli.ipynb #eval-cd
+# %% ../nbs/11a_cli.ipynb #7afbe2ca
 def _evaluate(args):
     with _errors():
         from flashvsr_nb.runner import evaluate
@@ -201,7 +201,7 @@ def _download(args):
                           prompt_url=args.prompt_url)
     print(f"{folder}: complete; use it with --weights {folder if args.folder else args.release}")
 
-# %% ../nbs/11a_cli.ipynb #3a6654c5
+# %% ../nbs/11a_cli.ipynb #ab5d7119
 def _model_options(add):
     "What `upscale` and `bench` ask about the model."
     add("--weights", default="nano", metavar="NAME|PATH", help="nano; v1 or v1.1, if downloaded; a file of our "
@@ -238,7 +238,7 @@ def _file_options(add, several=False):
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--quiet", action="store_true", help="no progress bar, no summary")
 
-# %% ../nbs/11a_cli.ipynb #eval-par
+# %% ../nbs/11a_cli.ipynb #c1f9de0a
 def _more_commands(command):
     "`plan`, `evaluate`, `report` and `lab`."
     add = command("plan", _plan, "Say how frames of a size would be run on a card, and what that needs: a prediction, "
@@ -265,7 +265,7 @@ def _more_commands(command):
     add("folder", nargs="?", default="flashvsr_course", help="(default: flashvsr_course)")
     add("--no-browser", action="store_true", help="print the address instead of opening it")
 
-# %% ../nbs/11a_cli.ipynb #d019a113
+# %% ../nbs/11a_cli.ipynb #cc135808
 def _parser():
     parser = _Parser(prog="flashvsr_nb", description="Video super-resolution: four times the size, frame for frame.",
                      allow_abbrev=False)
