@@ -181,7 +181,6 @@ class _Run(_Frames):
                 kept.append(self.load(item))
                 kept.append(self.guide(item, kept[0]))
             return kept[0]
-
         try:
             inputs = {k: fingerprint(p) for k, p in (("hr", item.hr), ("lq", item.lq)) if p}
             told = self.record(item, inputs, frames)
