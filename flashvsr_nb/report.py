@@ -183,7 +183,7 @@ def _against(plt, results, path):
 
 
 
-# %% ../nbs/11d_report.ipynb #59098f22
+# %% ../nbs/11d_report.ipynb #a62f5d11
 def _plots(results, out):
     "Names of the pictures drawn; none where matplotlib is missing or nothing was measured."
     try:
@@ -195,7 +195,7 @@ def _plots(results, out):
     from matplotlib import pyplot as plt
 
     style = {"font.size": 10, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True}
-    with matplotlib.rc_context(style), plt.ioff():
+    with matplotlib.rc_context(style):
         _dots(plt, results, out / "metrics.png")
         return ["metrics.png"] + ["tradeoff.png"] * _against(plt, results, out / "tradeoff.png")
 
