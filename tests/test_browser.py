@@ -332,7 +332,7 @@ def test_notebook_12b_in_jupyterlab(notebook):
 def test_notebook_12c_in_jupyterlab(notebook):
     page = notebook("12c_tile_explorer.ipynb")
     no_errors(page)
-    w = moves_all(page, "Tile explorer", {"overlap": 16, "tile": 64, "size": 3, "vram": 6, "blend": "average", "view": "weights"})
+    w = moves_all(page, "Tile explorer", {"overlap": 8, "tile": 64, "size": 3, "vram": 6, "view": "weights", "blend": "average"})
     bp.move(w, "size", 0)
     bp.move(w, "view", "seams")
     w.get_by_text("Seam map: measured").wait_for(timeout=60_000)  # by the model, in the kernel
