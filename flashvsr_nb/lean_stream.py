@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['to_levels', 'to_values', 'LeanStream']
 
-# %% ../nbs/06f_lean_stream.ipynb #2a7bea6f
+# %% ../nbs/06f_lean_stream.ipynb #a662b176
 import numpy as np
 import torch
 
 from .decoder import color_fix
 from .int8_weights import quantize_weights
-from .kv_cache import KVCache, chunk
+from .kv_cache import KVCache
 from .small_caches import CacheGroup, QuantizedCache, QuantizedKV
 from .streaming import Stream, prepare_lq
 
@@ -182,7 +182,7 @@ class _Insistent(_Pieces):
             self.caches = [_rewound(c, n, self.cache, self) for c, n in zip(self.caches, written)] if written else None
             self.change(**options)
 
-# %% ../nbs/06f_lean_stream.ipynb #4dd372c4
+# %% ../nbs/06f_lean_stream.ipynb #9b4800af
 class LeanStream(_Insistent):
     "A `Stream` whose frames are in the host's memory, and which can save more memory on the way and lose nothing."
 
@@ -204,20 +204,6 @@ class LeanStream(_Insistent):
         self.step_down = step_down
         self.change(kind=kind, prefetch=prefetch, release=release, int8_weights=int8_weights,
                     decoder_tile=decoder_tile, decoder_host=decoder_host)
-
-    def push(
-        self,
-        lq: torch.Tensor,  # the next (B,3,25,H,W), then (B,3,8,H,W), uint8 levels or floats in [-1,1], multiples of 128
-    ) -> torch.Tensor:  # (B,3,21,H,W), then (B,3,8,H,W), as lq: SR, 4 frames behind what was read
-        "One chunk from LQ to SR."
-        want = len(chunk(self.k).lq)
-        if lq.ndim != 5 or lq.shape[1:3] != (3, want) or lq.shape[3] % 128 or lq.shape[4] % 128:
-            raise ValueError(f"LeanStream.push: lq has shape {tuple(lq.shape)}; chunk {self.k} must be "
-                             f"(B,3,{want},H,W), H and W multiples of 128")
-        latents = self._insist(lambda: self.denoise(lq))
-        lq = lq if self.ahead is None else torch.cat([self.ahead, lq], 2)
-        lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()
-        return self.finish(latents, lq)
 
     def enlarge(
         self,

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'Missing', 'Guide', 'Material', 'find_weights', 'Metric', 'open_metric']
 
 # %% ../nbs/10e_metrics.ipynb #e6c5594b
-import contextlib, hashlib, importlib, importlib.util, io, json, math, os, subprocess, sys, tempfile, threading
+import contextlib, importlib, importlib.util, io, json, math, os, subprocess, sys, tempfile, threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .download import sha256
 from .evaluation import flicker, luma, motion, psnr, ssim, still_parts, warping_error
 from .naturalness import Unfit, niqe
 from .seams import seam_score
@@ -381,10 +382,7 @@ def open_metric(
         raise
     except Exception as error:  # a file that is there, but not what it should be, fails in any way
         raise Missing(f"its files are here, but cannot be used ({_words(error)})") from error
-    hashes = {}
-    for place in found:
-        with open(place, "rb") as file:
-            hashes[place.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    hashes = {place.name: sha256(place) for place in found}
 
     def measure(material):
         if metric.truth and material.hr is None:

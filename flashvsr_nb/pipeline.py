@@ -155,8 +155,9 @@ class _Pretrained(_Model):
         "Load a model; what only its start needs is dropped again."
         device = pick_device(device)
         _check_attention(attention, device)
+        if isinstance(mask, str):
+            mask_policy(mask, ModelConfig())  # refuses a wrong name now
         weights = load_weights(name, version=version, variant=variant)
-        mask = mask_policy(mask, weights.cfg) if isinstance(mask, str) else mask
         if device.type == "cpu":
             _keep_freed_memory()
         return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention, mask=mask).freeze()
@@ -203,10 +204,9 @@ class FlashVSR(_Pretrained):
         progress=True,  # a bar on stderr; False: silent; or a function, called with (frames done, in all or None)
     ):  # with an output: Upscaled; else uint8 (F,4H,4W,3) or (4H,4W,3) for an array, an iterator of frames for the rest
         "Four times the size, frame for frame, in memory that does not depend on the number of frames."
-        noise_at(range(0), 1, 1, seed=seed)  # refuses a wrong seed now
         options = dict(tile=tile, overlap=overlap, blend=blend, tiling=tiling, seed=seed, noise=noise,
                        policy=self.policy, backend=self.attention)
-        make_stream(self, **options)  # and wrong tiles
+        make_stream(self, **options)  # refuses a wrong seed and wrong tiles now
         if vram is not None and tile is not None:
             raise ValueError(f"vram={vram}, tile={tile}; give one of them: with vram a plan is made, tiles included")
         if scene_cut not in ("auto", "off"):

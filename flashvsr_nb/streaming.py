@@ -98,9 +98,11 @@ def _injected(noise, need, latents):
                          f"T at least {latents.stop} so far")
     return noise[:, :, latents.start:latents.stop]
 
-# %% ../nbs/06d_streaming.ipynb #923733b2
+# %% ../nbs/06d_streaming.ipynb #c74f57f3
 class _Steps:
     "The steps of a stream: what it does with one chunk."
+    def _insist(self, step): return step()  # a stream that can save memory does more where there is none left
+
     def denoise(
         self,
         lq: torch.Tensor,  # (B,3,25,H,W) at the start, then (B,3,8,H,W), in [-1,1], in the model's dtype
@@ -109,6 +111,7 @@ class _Steps:
     ) -> torch.Tensor:  # (B,16,6,H/8,W/8), then (B,16,2,H/8,W/8)
         "LQ tokens, noise, one step of the DiT: clean latents x0 = noise - velocity."
         m, at, h, w = self.model, chunk(self.k).latents, lq.shape[-2] // 8, lq.shape[-1] // 8
+        lq = lq.to(m.dit.patch_embedding.weight.dtype)
         if self.noise is None:
             x = noise_at(at, h, w, seed=self.seed, channels=m.cfg.channels, top=self.place[0], left=self.place[1])
         else:
@@ -142,7 +145,7 @@ class _Steps:
         "Pixels of a chunk, with the colours of LQ where the config says so."
         return color_fix(self.decode(latents, lq), lq, method=self.model.cfg.color_fix)
 
-# %% ../nbs/06d_streaming.ipynb #48617964
+# %% ../nbs/06d_streaming.ipynb #edccc4cf
 class Stream(_Steps):
     "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
     def __init__(
@@ -165,11 +168,11 @@ class Stream(_Steps):
         lq: torch.Tensor,  # the next (B,3,25,H,W), then (B,3,8,H,W), in [-1,1], H and W multiples of 128
     ) -> torch.Tensor:  # (B,3,21,H,W), then (B,3,8,H,W), float32 in [-1,1]: SR, 4 frames behind what was read
         "One chunk from LQ to SR."
-        want, dtype = len(chunk(self.k).lq), self.model.dit.patch_embedding.weight.dtype
+        want = len(chunk(self.k).lq)
         if lq.ndim != 5 or lq.shape[1:3] != (3, want) or lq.shape[3] % 128 or lq.shape[4] % 128:
-            raise ValueError(f"Stream.push: lq has shape {tuple(lq.shape)}; chunk {self.k} must be (B,3,{want},H,W), "
-                             "H and W multiples of 128")
-        latents = self.denoise(lq.to(dtype))
+            raise ValueError(f"{type(self).__name__}.push: lq has shape {tuple(lq.shape)}; chunk {self.k} must be "
+                             f"(B,3,{want},H,W), H and W multiples of 128")
+        latents = self._insist(lambda: self.denoise(lq))
         lq = lq if self.ahead is None else torch.cat([self.ahead, lq], 2)
         lq, self.ahead = lq[:, :, :-4], lq[:, :, -4:].clone()  # a view would keep the whole chunk alive
         return self.finish(latents, lq)

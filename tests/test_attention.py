@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
+from conftest import Largest
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashvsr_nb.attention as attention
 from flashvsr_nb.attention import (LCSA, Backend, attend, attend_gathered, attend_reference, backends,
@@ -125,15 +125,6 @@ def test_views_of_any_layout():
 
 
 def test_memory_stays_bounded():
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made = out if isinstance(out, (tuple, list)) else [out]
-            self.elements = max([self.elements, *(t.numel() for t in made if torch.is_tensor(t))])
-            return out
-
     q, k, v = random_qkv(1, 2, 64 * 4, 256 * 4, 8)
     mask = torch.rand(1, 2, 64, 256).argsort(-1) < 64
     inputs = max(q.numel(), k.numel(), mask.numel())

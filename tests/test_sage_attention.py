@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Largest
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashvsr_nb.attention import attend, attend_reference, backends, expand_mask
 from flashvsr_nb.pipeline import FlashVSR
@@ -182,14 +182,6 @@ def test_inputs_stay_as_they_are():
 
 
 def test_memory_is_one_row_of_blocks():
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made = out if isinstance(out, (tuple, list)) else [out]
-            self.elements = max([self.elements, *(t.numel() for t in made if torch.is_tensor(t))])
-            return out
     q, k, v = striped(1024, 1024, 16)
     with Largest() as seen:
         sage_reference(q, k, v)
