@@ -38,6 +38,7 @@ def _kept(cache, written):
     ring = _ring(cache)
     first = max(0, written - ring.keep)
     if host := getattr(ring, "host", None):
+        ring.settle()  # the host reads what a side queue may still be writing
         first = max(first, ring.written - ring.keep)  # what came after `written` took the place of the oldest
         tensors, slots = [t.movedim(0, 2) for t in host.tensors], ring.keep
     else:
