@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -183,8 +184,16 @@ class _Step:
             self.result = self._run(self.hr, self.lr, "reference")  # the other back ends look at the mask on the CPU
 
 # %% ../nbs/13_training.ipynb #659f8f22
+def _mean(x):
+    "The mean over all processes of `torch.distributed`, in place; x itself where there is only one."
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
 class Trainer:
-    "Weights, their moving average, optimiser and clock."
+    "Weights, their moving average, optimiser and clock; one in each process of `torch.distributed`, if that runs."
 
     def __init__(
         self,
@@ -212,6 +221,9 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = self.peak * rise * (0.99 * fall + 0.01)
         self.gradients.noise.fill_(min(1.0, done / 0.35))
         result = self.gradients(hr, lr)
+        grads = [p.grad for p in self.model.parameters()]
+        flat = _mean(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(flat, grads)])
         result["norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -228,17 +240,18 @@ class Trainer:
         report=print,  # called with a dict every hundred steps
     ):
         "Train until the minutes are over."
-        start, before = time.perf_counter(), self.spent
         draw = lambda: large.batch(1) if large is not None and self.step % 40 == 39 else small.batch(batch)
         pair = draw()
         while self.spent < self.budget:
+            start = time.perf_counter()
             result = self.update(*pair)
             pair = draw()  # while the GPU works
             if self.gradients.device.type == "cuda":
                 torch.cuda.synchronize()  # the clock is to tell the GPU's time
             if self.step % 100 == 0:
                 report(dict(step=self.step, seconds=round(self.spent, 1), **{k: float(v) for k, v in result.items()}))
-            self.spent = before + time.perf_counter() - start
+            seconds = torch.tensor(time.perf_counter() - start, device=self.gradients.device)
+            self.spent += float(_mean(seconds))  # the clock rules all schedules: one for all processes
 
 # %% ../nbs/13_training.ipynb #f6711419
 def save_checkpoint(

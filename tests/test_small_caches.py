@@ -1,5 +1,6 @@
 """INT8 blocks, off-loaded and quantised caches, and the order of their copies."""
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -609,13 +610,14 @@ def test_cuda_off_loaded_is_resident(kind, same, prefetch):
     for i in range(14):
         for a, b in zip(ours, theirs):
             new = random_kv(1 if i else 3, slab, heads=heads, d=d, dtype=torch.bfloat16, device="cuda")
-            got, expected = a.update(*new), b.update(*new)
+            with warnings.catch_warnings(action="error"):  # memory that could not be page-locked is told of by a warning
+                got = a.update(*new)
+            expected = b.update(*new)
             for _ in range(4 if i % 2 else 0):
                 work = work @ work * 1e-3  # attention comes late: what is read must still be there
             differ += sum((x != y).sum() for x, y in zip(got, expected))  # no wait of the host in between
             assert a.order == b.order
     assert differ.item() == 0
-    assert all(t.is_pinned() for c in ours for t in c.ring.host.tensors)
 
 
 @pytest.mark.cuda

@@ -338,5 +338,5 @@ def test_no_host_sync():
 def test_benchmark_runs():
     table = performance.attention_table(((512, 1024),), (0.5, 1.0), heads=2, repeats=2)
     assert {"flex", "sparge", "sdpa cudnn"} <= {r["name"] for r in table["rows"]}
-    assert all(r["error"] <= LIMIT["fp8" if "fp8" in r["name"] else "bf16"] for r in table["rows"])
+    assert [r for r in table["rows"] if not r["error"] <= LIMIT["fp8" if "fp8" in r["name"] else "bf16"]] == []
     assert triton.__version__ in performance.table_text(table)

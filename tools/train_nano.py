@@ -1,18 +1,21 @@
-"""Train nano on one GPU: from the weights in the package, or from nothing.
+"""Train nano on one GPU or several: from the weights in the package, or from nothing.
 
     python tools/training_data.py DATA && python tools/train_nano.py DATA OUT --minutes 9
+    python -m torch.distributed.run --nproc-per-node 2 tools/train_nano.py DATA OUT --minutes 9
 
 Writes OUT/nano.safetensors (the moving average, ready for `flashvsr_nb upscale --weights`), OUT/log.json and
 OUT/checkpoint (all that `--resume` needs). The first of these is written every half minute, too.
 """
 import argparse
 import json
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from flashvsr_nb.clips import Clips
@@ -44,15 +47,21 @@ def main():
     parser.add_argument("--workers", type=int, default=14, help="processes for the codec (default: 14)")
     parser.add_argument("--device", default="cuda", help="where to train (default: cuda)")
     args = parser.parse_args()
-    began = time.perf_counter()
+    began, rank = time.perf_counter(), int(os.environ.get("RANK", 0))
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed(rank)
     with ProcessPoolExecutor(args.workers) as workers:
         list(workers.map(abs, range(args.workers)))  # the processes start here, before the GPU is touched
+        if "RANK" in os.environ:  # started by torch.distributed.run
+            args.device = args.device if args.device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
+            if args.device != "cpu":
+                torch.cuda.set_device(args.device)
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
         stills = [torch.from_numpy(np.array(Image.open(p).convert("RGB"))).permute(2, 0, 1).contiguous().to(args.device)
                   for p in sorted((args.data / "stills").glob("*.jpg"))]
         videos = [frames_first(read_video(p)).to(args.device) for p in sorted((args.data / "clips").glob("*.mp4"))]
         print(f"{time.perf_counter() - began:.0f} s: {len(stills)} stills, {len(videos)} clips", flush=True)
+        torch.manual_seed(0)  # all processes begin with the same weights
         model = start_weights(FlashVSR(ModelConfig.nano()))
         if args.start:
             whole = load_weights(args.start)
@@ -61,6 +70,7 @@ def main():
             model.context.data.copy_(whole.context)
         if args.decoder_from:
             widen(model.decoder, FlashVSR.from_pretrained(args.decoder_from, device="cpu").decoder)
+        torch.manual_seed(rank)
         model.to(args.device)
         options = dict(coded=args.coded, workers=workers)
         small = Clips(stills, videos, pool=args.pool, **options)
@@ -80,6 +90,8 @@ def main():
 
         def report(row):
             nonlocal saved
+            if rank:
+                return
             log.append(row)
             print({k: round(v, 4) for k, v in row.items()}, flush=True)
             if time.perf_counter() - saved > 30:
@@ -87,10 +99,13 @@ def main():
                 saved = time.perf_counter()
 
         trainer.fit(small, large, batch=args.batch, report=report)
+        if rank:
+            return
         save()
         save_checkpoint(trainer, args.out / "checkpoint")
         record = {"steps": trainer.step, "seconds": round(trainer.spent, 1), "torch": torch.__version__,
-                  "machine": torch.cuda.get_device_name() if args.device == "cuda" else "CPU", "batch": args.batch,
+                  "machine": torch.cuda.get_device_name() if args.device != "cpu" else "CPU", "batch": args.batch,
+                  "processes": dist.get_world_size() if dist.is_initialized() else 1,
                   "parameters": sum(p.numel() for p in model.parameters()), "peak_lr": args.peak, "pool": args.pool}
         (args.out / "log.json").write_text(json.dumps(record | {"log": log}))
         print(record, f"{time.perf_counter() - began:.0f} s in all")
