@@ -109,14 +109,10 @@ class _Ring:
 
     def room(self, n): return max(n + len(self.kept), self.keep + 1) # slots needed to add `n` slabs
 
-    def claim(self, like, n): # the tensors, with room for n slabs like these from slot `written` % `slots` on
-        need = self.room(n)
-        data, self.slots = self._open(like, n, need), need
-        return data
-
     def put(self, new, n): # `new`: n slabs, in tensors (B, heads, n*t, ...)
         "Write over the oldest slabs; the filled slots in slot order, good until the next put"
-        data, need = self.claim(new, n), self.slots
+        need = self.room(n)
+        data, self.slots = self._open(new, n, need), need
         for i in range(n):
             for to, x in zip(data, new): _rows(to, self.written % need, need).copy_(_rows(x.detach(), i, n))
             self.written += 1

@@ -191,4 +191,5 @@ class Stream(_Steps):
     @property
     def cache_bytes(self) -> int:  # bytes
         "What the KV caches hold now."
-        return sum(t.nbytes for cache in self.caches or () for t in vars(cache).values() if torch.is_tensor(t))
+        held = ((*vars(c).values(), *getattr(getattr(c, "ring", None), "data", ())) for c in self.caches or ())
+        return sum(t.nbytes for tensors in held for t in tensors if torch.is_tensor(t))

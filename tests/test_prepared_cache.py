@@ -87,7 +87,8 @@ def test_fused_writing_is_plain_writing(size, raster, dtype, d):
         assert wrong.max() <= 1 and (wrong > 0).float().mean() < (1e-5 if dtype == torch.float32 else 0.01)
         assert torch.equal(got.v, want.v) and got.tokens == want.tokens and fused.order == plain.order
         for name in ("k_scale", "mean", "pooled"):
-            torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=0.01, atol=torch.finfo(dtype).eps)
+            close = dict(rtol=0.01, atol=torch.finfo(dtype).eps)
+            torch.testing.assert_close(getattr(got, name), getattr(want, name), **close)
         q = norm_and_turn(k, norm, rope)
         torch.testing.assert_close(turn_queries(k, norm, rope), q, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
@@ -141,8 +142,12 @@ def test_streams_agree_and_quantise_once(sparge, nano, mask):
     stream = Stream(nano, **options)
     once = two_chunks(stream)
     assert all(type(c) is PreparedCache for c in stream.caches)
-    again, exact = two_chunks(Stream(nano, cache=Requantising, **options)), two_chunks(Stream(nano, policy=options["policy"]))
-    assert error(once, again) < 2e-3 and error(once, exact) < 3 * error(again, exact) + 1e-3
+    assert 0.75 < stream.cache_bytes / (len(stream.caches) * 4 * 128 * nano.cfg.dim * 4) < 0.85  # of bfloat16's
+    again = two_chunks(Stream(nano, cache=Requantising, **options))
+    exact = two_chunks(Stream(nano, policy=options["policy"]))
+    first = slice(0, 6)  # the first chunk's keys have the same mean either way; the interpreter cuts values to bfloat16
+    assert error(once[:, :, first], again[:, :, first]) < 2e-3
+    assert error(once, again) < 5e-3 and error(once, exact) < 1.2 * error(again, exact)
 
 
 def test_a_lean_stream_takes_them_along(sparge, nano):
