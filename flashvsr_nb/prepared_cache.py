@@ -176,7 +176,7 @@ class PreparedCache(_Slabs):
         rope: tuple,  # (cos, sin), each (n·slab,d/2) float32 in window order
         size: tuple | None = None,  # (F,h,w) if the tokens come row by row; None: they are in window order already
     ) -> PreparedKV:  # as of `write`
-        "`norm_and_turn` and `write` in two launches; the second twice for the first chunk, whose mean must be known first."
+        "`norm_and_turn` and `write` in two launches; the first chunk, whose mean must be found, takes three."
         _check_slabs(self, k)
         _check_choices(k, v)
         if not (k.is_cuda or _interpreted()):

@@ -1,4 +1,4 @@
-"The prepared cache: fused kernels against plain PyTorch, its slabs against preparing anew, streams with and without it."
+"The prepared cache: fused against plain, slabs against preparing anew, streams with and without it."
 import os
 import sys
 from dataclasses import replace
@@ -26,6 +26,7 @@ from flashvsr_nb.sparge_kernel import prepare_kv  # noqa: E402
 from flashvsr_nb.streaming import Stream  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from test_sparge_kernel import build  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +47,7 @@ def projected(frames, h, w, *, heads=2, d=64, dtype=torch.float32, f0=0):
 
 def in_windows(x, size):
     "(B,heads,tokens,d) row by row -> in window order."
-    return window_partition(x.transpose(1, 2).flatten(2).unflatten(1, size)).unflatten(-1, x.shape[1::2]).transpose(1, 2)
+    return window_partition(x.movedim(1, 2).unflatten(1, size).flatten(4)).unflatten(2, x.shape[1::2]).movedim(2, 1)
 
 
 @settings(max_examples=10)
@@ -159,6 +160,29 @@ def test_a_lean_stream_takes_them_along(sparge, nano):
         stream.change(kind="offload")
         moved = torch.cat([first, stream.denoise(lq[:, :, 25:])], 2)
     assert error(moved, two_chunks(Stream(nano, backend="sparge"))) < 5e-3
+
+
+BUILD = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flashvsr_nb import prepared_cache
+kinds = dict.fromkeys(("X", "K", "V", "WEIGHT", "VALUES"), "*bf16") | {"K8": "*i8", "eps": "fp32"}
+shared = []
+for name, fixed in ("_inverse_rms", dict(ROWS=16)), ("_turn", dict(ROWS=64)), ("_write", dict(RASTER=True)):
+    kernel, fixed = getattr(prepared_cache, name), fixed | dict(D=128)
+    signature = {n: kinds.get(n, "*fp32" if n.isupper() else "i32") for n in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
+    built = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=dict(num_warps=8))
+    shared.append(built.metadata.shared)
+print(max(shared))
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_builds_for_every_architecture(capability):
+    assert build(BUILD, capability) <= 48 * 1024, "bytes of shared memory that every card has"
 
 
 @pytest.mark.cuda

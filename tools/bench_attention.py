@@ -133,7 +133,14 @@ def prepared(repeats=20, size=(2, 48, 88), heads=12, d=128, density=0.25):
     return found
 
 
-MEASURES = {"table": ("attention_h100", performance.attention_table), "variants": ("attention_variants", variants),
+def table():
+    "What `flashvsr_nb bench attention` prints."
+    found = performance.attention_table(report=lambda row: print(row, flush=True))
+    print(performance.table_text(found))
+    return found
+
+
+MEASURES = {"table": ("attention_h100", table), "variants": ("attention_variants", variants),
             "prepared": ("prepared_h100", prepared)}
 
 
@@ -141,8 +148,6 @@ def main(folder, only=None):
     for name, (file, measure) in MEASURES.items():
         if only in (None, name):
             found = measure()
-            if name == "table":
-                print(performance.table_text(found))
             (Path(folder) / f"{file}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
