@@ -45,11 +45,11 @@ def attend_reference(
 
 # %% ../nbs/03_attention.ipynb #9e84de17
 def pool_blocks(
-    x: torch.Tensor,  # (B,heads,tokens,d) in window order
+    x: torch.Tensor,  # (B,heads,tokens,d) in window order; or prepared keys, which have their own `pool`
     block: int,  # tokens per block
 ) -> torch.Tensor:  # (B,heads,blocks,d)
     "One mean vector per block."
-    return x.unflatten(2, (-1, block)).mean(3)
+    return x.unflatten(2, (-1, block)).mean(3) if torch.is_tensor(x) else x.pool(block)
 
 # %% ../nbs/03_attention.ipynb #114c77ae
 def locality_mask(
@@ -81,7 +81,7 @@ def block_probabilities(
     if bq % bk or q.shape[2] % (s * bq) or k.shape[2] % (s * bq):
         raise ValueError(f"block_probabilities: {q.shape[2]} query and {k.shape[2]} key tokens; both must be whole "
                          f"slabs of {s} blocks of {bq} tokens, and key blocks of {bk} must divide those")
-    score = pool_blocks(q, bq) @ pool_blocks(k, bk).mT / math.sqrt(q.shape[-1])
+    score = pool_blocks(q, bq) @ pool_blocks(k, bk).to(q.dtype).mT / math.sqrt(q.shape[-1])
     allow = local.repeat_interleave(bq // bk, 1)
     allow = allow.repeat(score.shape[-2] // allow.shape[0], score.shape[-1] // allow.shape[1])
     return score.float().masked_fill(~allow, -math.inf).softmax(-1)
@@ -213,6 +213,8 @@ class Backend:
     head_dims: tuple | range | None = None  # widths d of a head; None: any
     block_sizes: tuple | None = None  # of a mask, ((128, 128), (128, 64)) tokens; None: any; (): it takes no mask
     why_not: Callable = lambda device: None  # torch.device -> what else is missing there, a package say, or None
+    cache: Callable | None = None  # class of KV caches that give it keys as it reads them; None: it reads tensors only
+    prepared: Callable | None = None  # as fn, with one argument for k and v: what such a cache gives
 
     def unusable(
         self,
@@ -273,8 +275,12 @@ backends = _Registry({
     "sdpa": Backend(_sdpa, "torch scaled_dot_product_attention on each query block's own key blocks"),
     "flex": Backend(_flex, "torch flex_attention, compiled, skips masked blocks", devices=("cuda",),
                     why_not=_flex_lacks),
-    "sage": "sage_attention", "sparge": "sparge_kernel", "spas": "sparge_attention",
+    "sage": "sage_attention", "sparge": "prepared_cache", "spas": "sparge_attention",
 })
+
+
+def _own_cache(backend):  # a name, or None -> the class of KV caches that this back end would rather read, or None
+    return backends[backend].cache if backend in backends else None
 
 
 def pick_backend(
@@ -301,6 +307,10 @@ def attend(
     chosen = backends[backend]
     if why := chosen.unusable(q.device):
         raise RuntimeError(f"attention backend {backend!r} cannot run here: {why}; use auto or sdpa")
+    if not torch.is_tensor(k):  # a cache's, in the form that one back end reads
+        if chosen.prepared is None:
+            raise ValueError(f"attention backend {backend!r} takes no {type(k).__name__}; choose another KV cache")
+        return chosen.prepared(q, k, block_mask=block_mask, block_size=tuple(block_size), scale=scale)
     _check(q, k, v, block_mask, block_size)
     if why := chosen.misfit(q, block_mask=block_mask, block_size=block_size):
         raise ValueError(f"attention backend {backend!r} {why}; use auto or sdpa")

@@ -126,6 +126,10 @@ class _Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(cfg.dim, cfg.eps), RMSNorm(cfg.dim, cfg.eps)
 
 # %% ../nbs/04_dit.ipynb #a6a7978a
+def _mask(policy, q, k, grid): # LCSA needs means only; who knows what another policy looks at
+    plain = torch.is_tensor(k) or isinstance(policy, LCSA)
+    return policy(q, k if plain else k.dequantize(q.dtype)[0], grid=grid)
+
 class SelfAttention(_Attention):
     "Windowed block-sparse attention of a chunk on itself and on what the KV cache remembers"
     def forward(
@@ -135,20 +139,34 @@ class SelfAttention(_Attention):
         *,
         grid: tuple, # (rows, cols) of blocks in a slab
         policy, # policy(q, k, grid=grid) -> block mask or None; has block_size
-        cache=None, # KV cache of this layer: cache.update(k, v) -> all keys and values
+        cache=None, # KV cache of this layer: cache.update(k, v) -> all keys and values, or what its back end reads
         backend: str = 'auto', # attention back end
         record=None, # called with the block mask
     ) -> torch.Tensor: # (B, L, D)
         "Queries of this chunk against its own keys and the cached ones"
-        q, k, v = (f(x, *rope) for f in (self._queries, self._keys, self._values))
-        if cache is not None: k, v = cache.update(k, v)
-        mask = policy(q, k, grid=grid)
+        def of(f): return f(x, *rope)
+        q, (k, v) = self._asked(of, rope, cache), self._remembered(of, rope, cache)
+        mask = _mask(policy, q, k, grid)
         if record is not None: record(mask)
         return self.o(_merge(attend(q, k, v, block_mask=mask, block_size=policy.block_size, backend=backend)))
+
+    def _asked(self, of, rope, cache): # queries; of(f): what f(x, cos, sin) gives for all their tokens
+        if not hasattr(cache, 'queries'): return of(self._queries)
+        return cache.queries(of(self._raw_queries), self.norm_q, rope)
+
+    def _remembered(self, of, rope, cache): # keys and values, cached ones too
+        if hasattr(cache, 'write_projected'): # norm, rotation and what the back end reads, in one step
+            return (cache.write_projected(of(self._raw_keys), of(self._values), norm=self.norm_k, rope=rope),) * 2
+        k, v = of(self._keys), of(self._values)
+        return (k, v) if cache is None else cache.update(k, v)
 
     def _queries(self, x, cos, sin): return apply_rope(_heads(self.norm_q(self.q(x)), self.heads), cos, sin)
 
     def _keys(self, x, cos, sin): return apply_rope(_heads(self.norm_k(self.k(x)), self.heads), cos, sin)
+
+    def _raw_queries(self, x, cos, sin): return _heads(self.q(x), self.heads)
+
+    def _raw_keys(self, x, cos, sin): return _heads(self.k(x), self.heads)
 
     def _values(self, x, cos, sin): return _heads(self.v(x), self.heads)
 
@@ -229,12 +247,11 @@ def block_in_rows(
             out[:, :, at.start - start:at.stop - start] = project(y, *(t[at] for t in rope))
         return out
 
-    k, v = (heads(f, 0, x.shape[1]) for f in (attn._keys, attn._values))
-    if cache is not None: k, v = cache.update(k, v)
+    k, v = attn._remembered(lambda f: heads(f, 0, x.shape[1]), rope, cache)
     masks = []
     for whole in _pieces(0, x.shape[1], slab): # x[:, whole] is read for the last time, then replaced
-        y = heads(attn._queries, whole.start, whole.stop)
-        mask = policy(y, k, grid=grid)
+        y = attn._asked(lambda f: heads(f, whole.start, whole.stop), [t[whole] for t in rope], cache)
+        mask = _mask(policy, y, k, grid)
         if record is not None: masks.append(mask)
         y = attend(y, k, v, block_mask=mask, block_size=policy.block_size, backend=backend)
         for at in _pieces(whole.start, whole.stop, rows):

@@ -9,6 +9,7 @@ __all__ = ['to_levels', 'to_values', 'LeanStream']
 import numpy as np
 import torch
 
+from .attention import _own_cache
 from .decoder import color_fix
 from .int8_weights import quantize_weights
 from .kv_cache import KVCache
@@ -59,7 +60,11 @@ def _moved(cache, written, make, stream):
         new.frozen = cache.frozen
         new.kv = QuantizedKV(*new.ring.put(tensors, n))
         return new
-    k, v = QuantizedKV(*tensors).dequantize(stream.dtype) if isinstance(cache, QuantizedCache) else tensors
+    if isinstance(cache, QuantizedCache):
+        tensors = QuantizedKV(*tensors).dequantize(stream.dtype)
+    elif hasattr(cache, "prepared"):  # keys as one back end reads them
+        tensors = cache.prepared(tensors).dequantize(stream.dtype)
+    k, v = tensors
     (new.write if isinstance(new, QuantizedCache) else new.update)(k, v)
     return new
 
@@ -162,7 +167,7 @@ class _Insistent(_Pieces):
             quantize_weights(self.model)
         if self.group is None or (kind, prefetch) != (self.group.kind, self.prefetch):
             self.group, self.prefetch = CacheGroup(kind, prefetch=prefetch), prefetch
-            self.cache = self.group.make
+            self.cache = kind == "resident" and _own_cache(self.options.get("backend")) or self.group.make
             for i, cache in enumerate(self.caches or ()):  # the old ones go as the new ones come
                 self.caches[i] = _moved(cache, _ring(cache).written, self.cache, self)
         return self

@@ -234,5 +234,5 @@ def open_stream(
     if plan.int8_weights:
         quantize_weights(model)
     model.decoder.tile, model.decoder.store = plan.decoder_tile, "cpu" if plan.decoder_host else None
-    make = CacheGroup(plan.kind, prefetch=plan.prefetch).make
+    make = None if plan.kind == "resident" else CacheGroup(plan.kind, prefetch=plan.prefetch).make
     return TiledStream(model, tile=plan.tile, overlap=plan.overlap, cache=make, **options)

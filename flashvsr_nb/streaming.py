@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from .attention import _own_cache
 from .decoder import color_fix
 from .kv_cache import KVCache, chunk
 
@@ -156,10 +157,11 @@ class Stream(_Steps):
         noise=None,  # (1,16,T,H/8,W/8) for the whole video, instead of the seed's
         place: tuple = (0, 0),  # (top, left) of the video in a larger one, cells of 8 px: the noise there is taken
         kv_slabs: int | None = None,  # slabs kept in the KV caches; None: the config's
-        cache=KVCache,  # class of the KV caches
+        cache=None,  # class of the KV caches; None: the back end's own, if it has one, else KVCache
         **options,  # policy, backend, record: as for `DiT`
     ):
-        self.model, self.seed, self.noise, self.cache, self.options = model, seed, noise, cache, options
+        self.model, self.seed, self.noise, self.options = model, seed, noise, options
+        self.cache = cache or _own_cache(options.get("backend")) or KVCache
         self.place, self.kv_slabs = place, kv_slabs or model.cfg.kv_slabs
         self.k, self.caches, self.projector, self.decoder, self.ahead = 0, None, None, None, None
 
@@ -189,4 +191,5 @@ class Stream(_Steps):
     @property
     def cache_bytes(self) -> int:  # bytes
         "What the KV caches hold now."
-        return sum(t.nbytes for cache in self.caches or () for t in vars(cache).values() if torch.is_tensor(t))
+        held = ((*vars(c).values(), *getattr(getattr(c, "ring", None), "data", ())) for c in self.caches or ())
+        return sum(t.nbytes for tensors in held for t in tensors if torch.is_tensor(t))

@@ -20,7 +20,7 @@ import triton  # noqa: E402
 from flashvsr_nb import performance, sparge_kernel  # noqa: E402
 from flashvsr_nb.attention import attend, attend_reference, backends, expand_mask  # noqa: E402
 from flashvsr_nb.small_caches import quantize_blocks  # noqa: E402
-from flashvsr_nb.sparge_kernel import (BLOCKS, PreparedCache, PreparedKV, prepare_kv, sparge_attention,  # noqa: E402
+from flashvsr_nb.sparge_kernel import (BLOCKS, PreparedKV, prepare_kv, sparge_attention,  # noqa: E402
                                        sparge_attention_prepared, sparge_reference)
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -125,21 +125,6 @@ def test_a_frozen_mean_makes_slabs_that_fit_together():
     whole = prepare_kv(k, v, mean=mean)
     assert torch.equal(both.k, whole.k)
     torch.testing.assert_close(sparge_attention_prepared(q, both), sparge_attention_prepared(q, whole))
-
-
-@settings(max_examples=10)
-@given(chunks=st.lists(st.integers(1, 3), min_size=1, max_size=5), keep=st.integers(1, 3), seed=st.integers(0, 99))
-def test_a_cache_holds_what_preparing_anew_would(chunks, keep, seed):
-    torch.manual_seed(seed)
-    cache, slabs = PreparedCache(128, keep=keep), []
-    for n in chunks:
-        _, k, v = tokens(1, 128 * n, h=2)
-        kv = cache.write(k, v)
-        slabs += zip(k.split(128, 2), v.split(128, 2))
-        assert {*range(len(slabs) - n - min(keep, len(slabs) - n), len(slabs))} <= {*cache.order}
-        anew = prepare_kv(*(torch.cat([slabs[s][i] for s in cache.order], 2) for i in (0, 1)), mean=cache.mean)
-        assert kv.tokens == anew.tokens and kv.k.is_contiguous() and kv.v.is_contiguous()
-        assert all(torch.equal(getattr(kv, name), getattr(anew, name)) for name in ("k", "k_scale", "v", "mean"))
 
 
 @settings(max_examples=15)
