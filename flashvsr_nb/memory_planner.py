@@ -91,6 +91,8 @@ def _seconds(cfg, S, way, frame, twice=1):
     itemsize = 1 if way["kind"].startswith("int8") else 2
     copies = 4 * 2 * tokens * D * cfg.layers * itemsize if way["kind"].endswith("offload") else 0
     exposed = (0.5 if way.get("prefetch", True) else 1) * copies
+    if copies and way.get("release") and way.get("prefetch", True):  # the first layer, fetched beside the last, is gone
+        exposed += copies * cfg.kv_slabs / (4 * cfg.layers)
     if way.get("decoder_host"):
         exposed += 2 * 2 * 3 * 256 * S * (c[0] + 4 * c[1] + 16 * c[2]) * 2 * again
     return compute + exposed / 12e9

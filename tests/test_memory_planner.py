@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_what_a_plan_says():
 def test_host_memory_counts_if_it_is_limited():
     free, tight = plan(540, 960, 10), plan(540, 960, 10, ram_gb=28)
     assert free.exact and free.ram > 28 * 1024 >= tight.ram and tight.kind == "int8-offload"
+
+
+def test_freed_buffers_are_not_free():
+    kept, freed = (next(p for p in plan(270, 480).others if p.name == name)
+                   for name in ("KV off-loaded", "KV off-loaded, buffers freed"))
+    assert freed.vram < kept.vram and kept.time < freed.time < kept.time * 1.03 and freed.decoder_tile == kept.decoder_tile
+
+
+def test_a_plan_is_made_at_once():
+    plan(540, 960)  # imports
+    start = time.perf_counter()
+    for _ in range(10):
+        plan(540, 960)
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("values, said", [
