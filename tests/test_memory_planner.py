@@ -157,6 +157,12 @@ def clip():
     return [lq[:, :, :25], lq[:, :, 25:33], lq[:, :, 33:]]
 
 
+@pytest.fixture(scope="module")
+def long_clip():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand((1, 3, n, 128, 128), generator=generator) * 2 - 1 for n in (25, 8, 8, 8, 8, 8)]
+
+
 def frames(stream, clip):
     with torch.no_grad():
         return torch.cat([stream.push(x) for x in clip], 2)
@@ -220,14 +226,49 @@ def test_out_of_memory_loses_nothing(net, clip, plain, part, kind, then):
         torch.testing.assert_close(y, plain, atol=CLOSE, rtol=0)
 
 
-def test_off_loaded_layers_do_without_one_slab(net, clip, plain):
-    hook = failing(net.dit.blocks[2].ffn[0], {2})
+@pytest.mark.parametrize("part", [(0, "norm3"), (1, "ffn"), (2, "norm3"), (2, "ffn"), "head", "decoder"])
+@pytest.mark.parametrize("kind, prefetch, k", [("offload", True, 1), ("offload", False, 3), ("int8-offload", True, 3)])
+def test_off_loaded_layers_lose_nothing(net, long_clip, part, kind, prefetch, k):
+    "Just after attention, half-way through a layer, after all of them, in the decoder; in the chunk that fills the ring, and later."
+    module, at = dict(head=(net.dit.head, k), decoder=(net.decoder.decoder[11], 6 + 2 * (k - 1) + 1)).get(part) or (
+        getattr(net.dit.blocks[part[0]], part[1]), k + 2)  # a layer's rows are those of a slab, and the first chunk has three
+    want, steps = frames(LeanStream(net, kind=kind), long_clip), []
+    stream = LeanStream(net, kind=kind, release=k == 1, prefetch=prefetch,
+                        step_down=lambda: steps.append(stream.k) or dict(kind=kind, prefetch=False))
+    hook = failing(module, {at})
     try:
-        y = frames(LeanStream(net, kind="offload", step_down=lambda: dict(kind="offload", prefetch=False)), clip)
+        got = frames(stream, long_clip)
     finally:
         hook.remove()
-    torch.testing.assert_close(y[:, :, :21], plain[:, :, :21], atol=CLOSE, rtol=0)  # before the failure
-    assert (y - plain).abs().max() < 0.1
+    assert steps == [k + 1] and len(stream.group.staging.buffers) == 1
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("kind, then", [("offload", dict(kind="int8-offload")), ("offload", dict(kind="resident")), ("int8-offload", dict(kind="int8")),
+                                        ("offload", dict(kind="offload", decoder_host=True, decoder_tile=9))])
+def test_off_loaded_layers_go_on_in_another_way(net, long_clip, layer, kind, then):
+    "As if the stream had changed its way before that layer, on purpose."
+    hook = failing(net.dit.blocks[layer].ffn, {5})  # in chunk 3
+    try:
+        got = frames(LeanStream(net, kind=kind, step_down=lambda: then), long_clip)
+    finally:
+        hook.remove()
+    net.decoder.tile = net.decoder.store = None
+    stream, calls = LeanStream(net, kind=kind), itertools.count()
+
+    def after(*_):  # the layer before
+        if next(calls) == 5:
+            stream.change(**then)
+    if layer:
+        hook = net.dit.blocks[layer - 1].ffn.register_forward_hook(after)
+    want = [frames(stream, long_clip[:3])]
+    if not layer:
+        stream.change(**then)
+    want.append(frames(stream, long_clip[3:]))
+    hook.remove()
+    net.decoder.tile = net.decoder.store = None
+    assert torch.equal(got, torch.cat(want, 2))
 
 
 def test_several_steps_in_one_chunk_and_the_end_of_the_ladder(net, clip, plain):
