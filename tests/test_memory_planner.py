@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.kv_cache import KVCache
 from flashvsr_nb.lean_stream import LeanStream, to_levels, to_values
-from flashvsr_nb.memory_planner import _counted, _stages, next_plan, open_stream, plan, run_options, stepper
+from flashvsr_nb.memory_planner import _counted, _stages, _tiles_along, next_plan, open_stream, plan, run_options, stepper
 from flashvsr_nb.pipeline import _Model
 from flashvsr_nb.small_caches import OffloadedCache, QuantizedCache
 from flashvsr_nb.streaming import Stream
+from flashvsr_nb.tiling import tile_grid
 
 RESULTS = Path(__file__).parents[1] / "data" / "results" / "memory_h100.json"
 TINY = ModelConfig(dim=32, heads=2, layers=3, ffn_dim=48, text_dim=8, freq_dim=16, proj_dims=(6, 8), key_blocks=2.0,
@@ -99,6 +100,22 @@ def test_freed_buffers_are_not_free():
     kept, freed = (next(p for p in plan(270, 480).others if p.name == name)
                    for name in ("KV off-loaded", "KV off-loaded, buffers freed"))
     assert freed.vram < kept.vram and kept.time < freed.time < kept.time * 1.03 and freed.decoder_tile == kept.decoder_tile
+
+
+@given(blocks=st.integers(1, 40), tile=st.integers(1, 8), overlap=st.integers(0, 255))
+def test_tiles_are_counted_right(blocks, tile, overlap):
+    overlap = min(overlap, 32 * tile - 4)
+    snap = 32 if -(-overlap // 32) < tile else 4  # as `TiledStream` does
+    assert _tiles_along(blocks, 32 * tile, overlap) == len(tile_grid(32 * blocks, 32 * tile, overlap=overlap, snap=snap))
+
+
+def test_tiles_save_the_transformers_share_and_no_more():
+    def least(h, w, tile):
+        return min(p.vram for p in plan(h, w, 2).others if bool(p.tile) == tile)  # nothing fits: the smallest strips
+    assert least(540, 960, True) < 0.9 * least(540, 960, False)
+    assert 0.95 < least(192, 352, True) / least(192, 352, False) < 1.05
+    p = plan(540, 960, 6.5)
+    assert p.fits and p.tile and not any(q.fits for q in p.others if not q.tile)
 
 
 def test_a_plan_is_made_at_once():
@@ -296,5 +313,5 @@ def test_a_plan_opens_its_stream(net, clip, plain):
     torch.testing.assert_close(frames(open_stream(p, net), clip), plain, atol=CLOSE, rtol=0)
     tiled = next(q for q in plan(40, 72, config=TINY, tiles=(64,), overlap=8).others if q.tile and not q.int8_weights)
     stream = open_stream(tiled, net, seed=3)
-    assert (stream.tile, stream.overlap, stream.seed) == (64, 8, 3)
+    assert (stream.tile, stream.overlap, stream.seed, stream.group.kind) == (64, 8, 3, "offload")
     net.decoder.tile = net.decoder.store = None
