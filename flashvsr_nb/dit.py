@@ -307,6 +307,12 @@ def _embed(patch_embedding, x, tokens):
         raise ValueError(f"DiT: {done * n} lq_tokens, but latents {tuple(x.shape)} make {size.numel()}")
     return (out[0] if len(out) == 1 else torch.cat(out, 1)), size
 
+def _latents(head, y, t, size, rows):
+    "Tokens in window order, `rows` at a time, to latents (B, channels, f, H/8, W/8)"
+    y = torch.cat([head(part, t) for part in y.split(rows, 1)], 1)
+    y = window_merge(y, size=size).unflatten(-1, (2, 2, -1)) # B, f, h, w, 2, 2, channels
+    return y.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
 # %% ../nbs/04_dit.ipynb #1dad7b69
 class DiT(nn.Module):
     "The streaming video DiT; module and parameter names are those of the official checkpoint (825 tensors)"
@@ -355,6 +361,7 @@ class DiT(nn.Module):
         backend: str = 'auto', # attention back end
         record=None, # called with every block's mask
         rows: int = 4096, # tokens at a time where no gradient is wanted; 0: all, as where one is
+        step=lambda run, y: run(y), # how each block, and at last the head, is run on its tokens y
     ) -> torch.Tensor: # (B, 16, f, H/8, W/8) velocity
         "Velocity of one chunk; x0 = x - velocity"
         y, size = _embed(self.patch_embedding, x, lq_tokens)
@@ -363,7 +370,6 @@ class DiT(nn.Module):
         lean = rows and not torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             run = partial(block_in_rows, block, rows=rows) if lean else block
-            y = run(y, cond.t6, cond.prompt[i], rope, cache=None if caches is None else caches[i], **attn)
-        y = torch.cat([self.head(part, cond.t) for part in y.split(rows if lean else y.shape[1], 1)], 1)
-        y = window_merge(y, size=size) # B, f, h, w, (2, 2, 16)
-        return y.unflatten(-1, (2, 2, -1)).permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape)
+            given = cond.t6, cond.prompt[i], rope
+            y = step(lambda y: run(y, *given, cache=None if caches is None else caches[i], **attn), y)
+        return step(lambda y: _latents(self.head, y, cond.t, size, rows if lean else y.shape[1]), y)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_levels', 'to_values', 'LeanStream']
 
-# %% ../nbs/06f_lean_stream.ipynb #a662b176
+# %% ../nbs/06f_lean_stream.ipynb #08ba7b49
 import numpy as np
 import torch
 
@@ -13,7 +13,7 @@ from .attention import _own_cache
 from .decoder import color_fix
 from .int8_weights import quantize_weights
 from .kv_cache import KVCache
-from .small_caches import CacheGroup, QuantizedCache, QuantizedKV
+from .small_caches import CacheGroup, QuantizedCache, QuantizedKV, _rows
 from .streaming import Stream, prepare_lq
 
 # %% ../nbs/06f_lean_stream.ipynb #65ea536f
@@ -30,29 +30,28 @@ def to_values(
     "Levels to values, bit for bit those of `prepare_lq`."
     return x.float().mul_(2 / 255).sub_(1) if x.dtype == torch.uint8 else x.float()
 
-# %% ../nbs/06f_lean_stream.ipynb #1df813d0
+# %% ../nbs/06f_lean_stream.ipynb #b0378d83
 def _ring(cache): return cache if isinstance(cache, KVCache) else cache.ring  # what counts the slabs of a cache
 
 
-def _kept(cache, written):
-    "The newest slabs before slab number `written`, oldest first, as tensors (B,heads,n*t,...), and n."
+def _kept(cache):
+    "The slabs a cache keeps, oldest first, as tensors (B,heads,n*t,...), and n."
     ring = _ring(cache)
-    first = max(0, written - ring.keep)
+    first = max(0, ring.written - ring.keep)
     if host := getattr(ring, "host", None):
         ring.settle()  # the host reads what a side queue may still be writing
-        first = max(first, ring.written - ring.keep)  # what came after `written` took the place of the oldest
         tensors, slots = [t.movedim(0, 2) for t in host.tensors], ring.keep
     else:
         tensors, slots = ((ring.k, ring.v) if ring is cache else ring.data), ring.slots
     def slab(x, s): return x.narrow(2, s % slots * (x.shape[2] // slots), x.shape[2] // slots)
-    n = written - first
-    return [torch.cat([slab(x, s) for s in range(first, written)], 2) for x in tensors] if n else [], n
+    n = ring.written - first
+    return [torch.cat([slab(x, s) for s in range(first, ring.written)], 2) for x in tensors] if n else [], n
 
 
-def _moved(cache, written, make, stream):
-    "A cache from `make` that holds what `cache` held before slab number `written`."
+def _moved(cache, make, stream):
+    "A cache from `make` that holds what `cache` holds."
     new = make(cache.slab, keep=cache.keep)
-    tensors, n = _kept(cache, written)
+    tensors, n = _kept(cache)
     tensors = [t.to(stream.device) for t in tensors]
     if not n:
         return new
@@ -69,12 +68,17 @@ def _moved(cache, written, make, stream):
     return new
 
 
-def _rewound(cache, written, make, stream):
-    "The cache as it was before slab number `written`. Off-loaded, it gave its oldest slab, and does without."
-    if getattr(_ring(cache), "host", None) is not None and _ring(cache).written > written:
-        return _moved(cache, written, make, stream)
-    _ring(cache).written = written  # a ring on the device has a slot to spare: only what was not kept is overwritten
-    return cache
+def _rewind(cache, written):
+    "Bring a cache back to where it was before slab number `written`; an off-loaded one must be the last that was used."
+    ring = _ring(cache)
+    if getattr(ring, "host", None) is not None and ring.written > written:
+        ring.settle()
+        if not ring.buffer.holds(ring, ring.slots):
+            raise RuntimeError("LeanStream: memory ran out between two steps, and slabs of the past are lost")
+        for s in range(max(0, written - ring.keep), min(written, ring.written - ring.keep)):
+            for to, x in zip(ring.host.tensors, ring.buffer.tensors):  # on the device new slabs did not overwrite these
+                _rows(to, s % ring.keep, ring.keep, 0).copy_(_rows(x, s % ring.slots, ring.slots, 0))
+    ring.written = written  # a ring on the device has a slot to spare: only what was not kept is overwritten
 
 
 def _release(group, caches):
@@ -144,7 +148,7 @@ class _Pieces(Stream):
             done = stop
         return out
 
-# %% ../nbs/06f_lean_stream.ipynb #2bb00f5f
+# %% ../nbs/06f_lean_stream.ipynb #99193449
 class _Insistent(_Pieces):
     "A step happens or it does not; then it is tried again in another way."
 
@@ -159,17 +163,22 @@ class _Insistent(_Pieces):
         decoder_host: bool = False,  # keep the decoder's state in the host's memory
     ):  # itself
         "Go on in another way: what the caches hold moves along, layer by layer."
-        decoder = self.model.decoder
+        decoder, old, new = self.model.decoder, self.group, CacheGroup(kind, prefetch=prefetch)
+        if old is not None:
+            _release(old, self.caches or ())
         decoder.tile, decoder.store, self.release = decoder_tile, "cpu" if decoder_host else None, release
         if self.decoder is not None:
             self.decoder = [s.to("cpu" if decoder_host else self.device) for s in self.decoder]
         if int8_weights:
             quantize_weights(self.model)
-        if self.group is None or (kind, prefetch) != (self.group.kind, self.prefetch):
-            self.group, self.prefetch = CacheGroup(kind, prefetch=prefetch), prefetch
-            self.cache = kind == "resident" and _own_cache(self.options.get("backend")) or self.group.make
-            for i, cache in enumerate(self.caches or ()):  # the old ones go as the new ones come
-                self.caches[i] = _moved(cache, _ring(cache).written, self.cache, self)
+        if old is not None and old.kind == kind:  # what is in the host's memory stays there
+            old.staging.buffers = new.staging.buffers
+            return self
+        self.group = new
+        self.cache = kind == "resident" and _own_cache(self.options.get("backend")) or new.make
+        for i, cache in enumerate(self.caches or ()):  # the old ones go as the new ones come
+            self.caches[i] = _moved(cache, self.cache, self)
+            old.staging.spare.clear()
         return self
 
     def _insist(self, step):
@@ -182,11 +191,24 @@ class _Insistent(_Pieces):
                 if self.step_down is None or (options := self.step_down()) is None:
                     raise
             self.k, self.projector, written = before  # outside `except`: the tensors of the failed step are gone now
+            if not written:
+                self.caches = None
+            for cache, n in zip(self.caches or (), written):
+                _rewind(cache, n)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
-            self.caches = [_rewound(c, n, self.cache, self) for c, n in zip(self.caches, written)] if written else None
             self.change(**options)
+
+    def _layer(self, run, y):
+        "`run(y)`, which may overwrite y. Off-loaded caches cannot take back a chunk, but a layer they can."
+        if self.step_down is None or self.k == 1 or not self.group.kind.endswith("offload"):
+            return run(y)  # the chunk is what is tried again: in the first nothing is lost, the rest can take it back
+        kept = self._insist(y.clone)  # a slab, where the first chunk had room for nine of the kind
+        def again():
+            y.copy_(kept)
+            return run(y)
+        return self._insist(again)
 
 # %% ../nbs/06f_lean_stream.ipynb #9b4800af
 class LeanStream(_Insistent):

@@ -9,8 +9,14 @@ __all__ = ['Plan', 'plan', 'run_options', 'next_plan', 'stepper', 'open_stream']
 import math
 from dataclasses import dataclass, field, replace
 
-# %% ../nbs/07b_memory_planner.ipynb #384db661
+# %% ../nbs/07b_memory_planner.ipynb #6a7e9c43
 _MIB, _CONTEXT = 2**20, 970  # MiB that the driver, CUDA and the screen take from a card: 9,270 are left of 10,240
+
+
+def _tiles_along(n, tile, overlap):  # tiles on `n` blocks: `LeanTiles` rounds tile and overlap up to whole blocks
+    tile, shared = _blocks(tile), _blocks(overlap)
+    shared = shared if shared < tile else -(-overlap // 4) / 8  # to whole tokens then
+    return 1 + max(0, math.ceil((n - tile) / (tile - shared)))
 
 
 def _blocks(n): return -(-4 * n // 128)  # blocks of 128 px along n LR pixels
@@ -49,12 +55,11 @@ def _stages(cfg, S, kind, *, int8_weights, prefetch, release, decoder_tile, deco
     cells = frame[0] * frame[1]
     decoder = deep * (0.0044 * cells + (0.142 if cut != list(frame) else 0.11) * cut[0] * cut[1])
     image = 3 * 64 * cells / _MIB  # MiB for a byte of every colour and pixel
-    frames, pixels = (25 * 6 * image, 21 * 8 * image) if tile else (0, 0)  # a tiled stream has them on the device
-    peak = frames + max(weights + idle + kept + projector, weights + cache + kept + dit,
-                        weights + idle + 2 * kept + decoder + pixels)
-    return 1.03 * peak + 350, host, 3000 + 2 * (state - kept) + (25 + 21) * image
+    merged, tokens = (4 * 6 * 16 * 4 * cells / _MIB, 3 * u * S) if tile else (0, 0)  # latents, float32; in the host
+    peak = weights + max(idle + kept + projector, cache + kept + dit + merged, idle + 2 * kept + decoder)
+    return 1.03 * peak + 350, host, 3000 + 2 * (state - kept) + (25 + 21) * image + 2 * tokens
 
-# %% ../nbs/07b_memory_planner.ipynb #40a43e6e
+# %% ../nbs/07b_memory_planner.ipynb #ca1a962e
 _EXACT, _INT8, _TILES = range(3)  # classes of strategies, best first
 
 
@@ -91,6 +96,8 @@ def _seconds(cfg, S, way, frame, twice=1):
     itemsize = 1 if way["kind"].startswith("int8") else 2
     copies = 4 * 2 * tokens * D * cfg.layers * itemsize if way["kind"].endswith("offload") else 0
     exposed = (0.5 if way.get("prefetch", True) else 1) * copies
+    if copies and way.get("release") and way.get("prefetch", True):  # the first layer, fetched beside the last, is gone
+        exposed += copies * cfg.kv_slabs / (4 * cfg.layers)
     if way.get("decoder_host"):
         exposed += 2 * 2 * 3 * 256 * S * (c[0] + 4 * c[1] + 16 * c[2]) * 2 * again
     return compute + exposed / 12e9
@@ -134,7 +141,7 @@ class Plan:
                 f"{self.name}" + ("" if self.fits else ", the smallest there is, and it does not fit"))
         return "\n".join([head, *table, "> chosen, x does not fit; time relative to all resident"])
 
-# %% ../nbs/07b_memory_planner.ipynb #9e676caf
+# %% ../nbs/07b_memory_planner.ipynb #8fcfa6ef
 def plan(
     height: int,  # of the LR frames, px
     width: int,  # of the LR frames, px
@@ -158,14 +165,15 @@ def plan(
     S, frame, found = grid[0] * grid[1], (16 * grid[0], 16 * grid[1]), []
     strips = [None, *((r, frame[1]) for r in (96, 64, 48, 32, 24, 16) if r < frame[0])]
     ways = [(None, *way) for way in _strategies()]
-    for t in sorted((t for t in tiles if t < max(height, width)), reverse=True):  # tiles advance together: caches wait
+    usable = (t for t in tiles if overlap + 4 <= t < max(height, width))
+    for t in sorted(usable, reverse=True):  # tiles advance together: caches wait
         ways += [(t, _TILES, f"tiles of {t}, {n}", w) for _, n, w in _strategies() if w.get("release") and
                  w.get("prefetch", True) and w["int8_weights"] == (w["kind"] != "offload")]
     for tile, grade, name, way in ways:
         count, part = 1, 0
         if tile:
-            count = math.prod(max(1, -(-(n - tile) // max(1, tile - overlap)) + 1) for n in (height, width))
-            part = math.prod(_blocks(min(tile, n)) for n in (height, width))
+            count = math.prod(_tiles_along(n, tile, overlap) for n in grid)
+            part = math.prod(min(_blocks(tile), n) for n in grid)
         for way["decoder_tile"] in strips:  # the largest strips that fit
             settings = dict(prefetch=True, release=False, decoder_host=False) | way
             need, host, rest = _stages(cfg, S, frame=frame, tile=part, **settings)
@@ -216,23 +224,17 @@ def stepper(
         return run_options(now)
     return step_down
 
-# %% ../nbs/07b_memory_planner.ipynb #4856a456
+# %% ../nbs/07b_memory_planner.ipynb #e23bc54c
 def open_stream(
     plan: Plan,  # from `plan`
     model,  # FlashVSR
     *,
     tell=print,  # called with one line when memory runs out and the stream goes on in another way
     **options,  # seed, noise, kv_slabs, policy, backend …: as for `Stream`
-):  # LeanStream or TiledStream; `enlarge` gives uint8 frames or floats in [-1,1]
+):  # LeanStream or LeanTiles; `enlarge` gives uint8 frames
     "The stream that runs a plan; INT8 weights change the model, for good."
     from flashvsr_nb.lean_stream import LeanStream
     if plan.tile is None:
         return LeanStream(model, step_down=stepper(plan, tell=tell), **run_options(plan), **options)
-    from flashvsr_nb.int8_weights import quantize_weights
-    from flashvsr_nb.small_caches import CacheGroup
-    from flashvsr_nb.tiling import TiledStream
-    if plan.int8_weights:
-        quantize_weights(model)
-    model.decoder.tile, model.decoder.store = plan.decoder_tile, "cpu" if plan.decoder_host else None
-    make = None if plan.kind == "resident" else CacheGroup(plan.kind, prefetch=plan.prefetch).make
-    return TiledStream(model, tile=plan.tile, overlap=plan.overlap, cache=make, **options)
+    from flashvsr_nb.tiling import LeanTiles
+    return LeanTiles(model, tile=plan.tile, overlap=plan.overlap, lean=run_options(plan), **options)

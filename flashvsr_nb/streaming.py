@@ -104,6 +104,8 @@ class _Steps:
     "The steps of a stream: what it does with one chunk."
     def _insist(self, step): return step()  # a stream that can save memory does more where there is none left
 
+    def _layer(self, run, y): return run(y)  # likewise
+
     def denoise(
         self,
         lq: torch.Tensor,  # (B,3,25,H,W) at the start, then (B,3,8,H,W), in [-1,1], in the model's dtype
@@ -123,7 +125,8 @@ class _Steps:
         if self.caches is None:
             self.caches = [self.cache(h * w // 2, keep=self.kv_slabs) for _ in m.dit.blocks]
         self.k += 1
-        return x - m.dit(x, tokens, m.cond, f0=at.start, caches=self.caches, **self.options)
+        return x - m.dit(x, tokens, m.cond, f0=at.start, caches=self.caches, step=self._layer,
+                         **self.options)
 
     def decode(
         self,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLENDS', 'SHARED', 'tile_grid', 'tile_weights', 'merge_tiles', 'merge_author', 'SeparateTiles', 'TiledStream',
-           'in_clips', 'make_stream']
+           'LeanTiles', 'in_clips', 'make_stream']
 
-# %% ../nbs/07_tiling.ipynb #7fe22fc8
+# %% ../nbs/07_tiling.ipynb #f4332b12
 from collections import deque
 from itertools import islice, product
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .decoder import color_fix
+from .lean_stream import LeanStream, _release
 from .streaming import Stream, noise_at
 
 # %% ../nbs/07_tiling.ipynb #40f11898
@@ -162,7 +163,7 @@ class SeparateTiles(_Tiles):
             return merge_tiles(seen, rows, cols, blend="average")
         return merge_author(seen, rows, cols, ramp=4 * self.overlap)
 
-# %% ../nbs/07_tiling.ipynb #23b20781
+# %% ../nbs/07_tiling.ipynb #805e9b95
 class _Grid(_Tiles, Stream):
     "The tiles of `TiledStream`: where they lie, what each is given, how results are merged."
     def _start(self, height, width):
@@ -176,11 +177,17 @@ class _Grid(_Tiles, Stream):
             own["noise"] = self.noise[..., place[0]:rows.stop // 8, place[1]:cols.stop // 8]
         return Stream(self.model, **own, place=place if "noise" in self.shared else (0, 0))
 
+    @staticmethod
+    def _cut(tokens, rows, cols, device):  # those of a tile; tokens are (B,f,H/16,W/16,D) or None
+        if tokens is None:
+            return None
+        return tokens[:, :, rows.start // 16:rows.stop // 16, cols.start // 16:cols.stop // 16].flatten(1, 3).to(device)
+
     def _merge(self, parts, scale=1):
         spans = [[slice(s.start // scale, s.stop // scale) for s in axis] for axis in (self.rows, self.cols)]
         return merge_tiles(self._seen(parts, *spans), *spans, blend=self.blend)
 
-# %% ../nbs/07_tiling.ipynb #b9fdfd41
+# %% ../nbs/07_tiling.ipynb #291c2ce5
 SHARED = ("tokens", "noise", "latents", "colors")
 
 
@@ -211,17 +218,18 @@ class TiledStream(_Grid):
     def denoise(
         self,
         lq: torch.Tensor,  # as for `Stream`
+        *,
+        tokens=None,  # the projector's for this chunk and the whole frame, if already there, on any device
     ):  # merged latents, as from `Stream`; or the tiles' own, one after another, if they are decoded apart
         "Every tile's step of the DiT."
         if self.tiles is None:
             self._start(*lq.shape[-2:])
-        places, tokens = list(product(self.rows, self.cols)), [None] * len(self.tiles)
-        if "tokens" in self.shared:
-            whole, self.projector = self.model.projector(lq, self.projector)
-            whole = whole.unflatten(1, (-1, lq.shape[-2] // 16, lq.shape[-1] // 16))
-            tokens = [whole[:, :, r.start // 16:r.stop // 16, c.start // 16:c.stop // 16].flatten(1, 3)
-                      for r, c in places]
-        latents = (tile.denoise(lq[..., r, c], tokens=t) for tile, (r, c), t in zip(self.tiles, places, tokens))
+        if tokens is None and "tokens" in self.shared:
+            tokens, self.projector = self.model.projector(lq, self.projector)
+        if tokens is not None:
+            tokens = tokens.unflatten(1, (-1, lq.shape[-2] // 16, lq.shape[-1] // 16))
+        latents = (tile.denoise(lq[..., r, c], tokens=self._cut(tokens, r, c, lq.device))
+                   for tile, (r, c) in zip(self.tiles, product(self.rows, self.cols)))
         self.k += 1
         return self._merge(latents, 8) if "latents" in self.shared else list(latents)
 
@@ -237,6 +245,35 @@ class TiledStream(_Grid):
         places = product(self.rows, self.cols)
         sr = self._merge(finish(t, x, lq[..., r, c]) for t, x, (r, c) in zip(self.tiles, latents, places))
         return color_fix(sr, lq, method=self.model.cfg.color_fix) if "colors" in self.shared else sr
+
+# %% ../nbs/07_tiling.ipynb #53124476
+class LeanTiles(TiledStream, LeanStream):
+    "A `TiledStream` whose frames and tokens are in the host's memory; the device holds those it is working on."
+    def __init__(
+        self,
+        model,  # as for `Stream`
+        *,
+        tile: int = 192,  # side of a tile, LR px, rounded up to whole blocks of 32
+        overlap: int = 24,  # LR px, rounded up to whole blocks
+        lean: dict | None = None,  # kind, prefetch, release … of `LeanStream`
+        **options,  # seed, noise, kv_slabs, policy, backend: as for `Stream`
+    ):
+        super().__init__(model, tile=tile, overlap=overlap, shared=SHARED, **options)
+        self.change(**lean or {})
+        self.own = options | dict(cache=self.cache)
+
+    def denoise(
+        self,
+        lq: torch.Tensor,  # (B,3,25,H,W) at the start, then (B,3,8,H,W): uint8 levels or floats in [-1,1], anywhere
+    ) -> torch.Tensor:  # merged latents, as from `Stream`
+        "Every tile's step of the DiT."
+        tokens = torch.cat([part.cpu() for part in self._slabs(lq)], 1)
+        like = torch.empty((), dtype=self.dtype, device=self.device).expand(lq.shape)  # a shape without memory
+        try:
+            return super().denoise(like, tokens=tokens)
+        finally:
+            if self.release:
+                _release(self.group, [cache for tile in self.tiles for cache in tile.caches or ()])
 
 # %% ../nbs/07_tiling.ipynb #e2ffafc0
 def in_clips(

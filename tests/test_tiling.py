@@ -6,9 +6,11 @@ import pytest
 import torch
 from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.kv_cache import ConcatCache, chunk
+from flashvsr_nb.lean_stream import to_levels
 from flashvsr_nb.pipeline import FlashVSR
+from flashvsr_nb.small_caches import OffloadedCache
 from flashvsr_nb.streaming import Stream, noise_at, prepare_lq
-from flashvsr_nb.tiling import (BLENDS, SHARED, SeparateTiles, TiledStream, in_clips, make_stream, merge_author,
+from flashvsr_nb.tiling import (BLENDS, SHARED, LeanTiles, SeparateTiles, TiledStream, in_clips, make_stream, merge_author,
                                 merge_tiles, tile_grid, tile_weights)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -208,6 +210,35 @@ def test_tiles_by_hand(model):
     assert (stream.push(lq) - want).abs().max() < 1e-5
     assert [(r, c) for r, c, _ in seen] == [(slice(0, 16), slice(0, 32)), (slice(0, 16), slice(16, 48))]
     assert all(torch.equal(x, part) for (*_, x), part in zip(seen, parts))
+
+
+@pytest.mark.parametrize("lean", [{}, dict(kind="offload", release=True), dict(kind="offload", decoder_host=True, decoder_tile=(16, 24))])
+def test_lean_tiles_are_tiles(model, lean):
+    "Also when frames are bytes, in every chunk, and with the decoder's state elsewhere."
+    lq, _ = prepare_lq(clip(41, 64, 72))
+    cut = [lq[:, :, :25], lq[:, :, 25:33], lq[:, :, 33:]]
+    plain, values, levels = TiledStream(model, tile=32, overlap=8), *(LeanTiles(model, tile=32, overlap=8, lean=lean) for _ in range(2))
+    with torch.inference_mode():
+        for x in cut:
+            want, got, bytes_ = plain.push(x), values.push(x), levels.push(to_levels(x))
+            assert (got - want).abs().max() < 4e-5 and bytes_.dtype == torch.uint8
+            assert (bytes_.int() - to_levels(want).int()).abs().max() <= 1
+    model.decoder.tile = model.decoder.store = None
+    if lean:
+        assert not lean.get("release") or not any(b.tensors for b in values.group.staging.buffers)
+        assert all(isinstance(c, OffloadedCache) for t in values.tiles for c in t.caches)
+
+
+def test_lean_tiles_hand_a_tile_its_own_tokens_only(model, monkeypatch):
+    seen = []
+    def denoise(self, lq, *, tokens=None):
+        seen.append((tokens.untyped_storage().nbytes() / tokens.nbytes, lq.untyped_storage().nbytes()))
+        return plain(self, lq, tokens=tokens)
+    plain = Stream.denoise
+    monkeypatch.setattr(Stream, "denoise", denoise)
+    with torch.inference_mode():
+        LeanTiles(model, tile=32, overlap=8).push(prepare_lq(clip(25, 32, 72))[0])
+    assert len(seen) > 1 and set(seen) == {(1, 4)}  # no view of all tokens, and LQ is a shape
 
 
 @pytest.mark.parametrize("tiling", ["paper", "author"])
