@@ -180,21 +180,28 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None):
-    "torch's FlexAttention: skips the blocks that the mask leaves out; every kept block is full."
+def _flex_lists(q, k, block_mask, block_size):  # what flex takes for a mask; every kept block is full
     from torch.nn.attention.flex_attention import BlockMask
-    if block_mask is None:
-        return _compiled_flex()(q, k, v, scale=scale)
 
     def kept(b, h, i, j):  # of single tokens; compiled, full blocks never ask
         return block_mask[b, h, i // block_size[0], j // block_size[1]]
     count = block_mask.sum(-1, dtype=torch.int32)
     column = block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    mask = BlockMask.from_kv_blocks(torch.zeros_like(count), torch.zeros_like(column), count, column,
+    return BlockMask.from_kv_blocks(torch.zeros_like(count), torch.zeros_like(column), count, column,
                                     BLOCK_SIZE=block_size, mask_mod=kept, seq_lengths=(q.shape[2], k.shape[2]))
+
+
+def _run_flex(q, k, v, lists=None, scale=None):
     with torch._dynamo.config.patch(recompile_limit=64):  # one per shape: a clip has two or three
-        out = _compiled_flex()(q, k, v, block_mask=mask, scale=scale)
-    return torch.where((count > 0).repeat_interleave(block_size[0], -1)[..., None], out, 0)
+        return _compiled_flex()(q, k, v, block_mask=lists, scale=scale)
+
+
+def _flex(q, k, v, *, block_mask=None, block_size=(128, 128), scale=None):
+    "torch's FlexAttention: skips the blocks that the mask leaves out."
+    if block_mask is None:
+        return _run_flex(q, k, v, scale=scale)
+    out = _run_flex(q, k, v, _flex_lists(q, k, block_mask, block_size), scale)
+    return torch.where(block_mask.any(-1).repeat_interleave(block_size[0], -1)[..., None], out, 0)
 
 
 def _flex_lacks(device):

@@ -12,7 +12,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from .attention import LCSA, _compiled_flex, attend, backends, expand_mask
+from .attention import LCSA, _flex_lists, _run_flex, attend, backends, expand_mask
 
 # %% ../nbs/14_performance.ipynb #c2da05ff
 def _median_ms(call, repeats):
@@ -66,15 +66,8 @@ def _dense(kind):
 
 def _flex(q, k, v, block_mask):
     "torch's FlexAttention with its block lists made beforehand."
-    from torch.nn.attention.flex_attention import BlockMask
-    compiled = _compiled_flex()
-    if block_mask is None:
-        return lambda: compiled(q, k, v)
-    count = block_mask.sum(-1, dtype=torch.int32)
-    column = block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    lists = BlockMask.from_kv_blocks(torch.zeros_like(count), torch.zeros_like(column), count, column,
-                                     BLOCK_SIZE=(128, 128), seq_lengths=(q.shape[2], k.shape[2]))
-    return lambda: compiled(q, k, v, block_mask=lists)
+    lists = None if block_mask is None else _flex_lists(q, k, block_mask, (128, 128))
+    return lambda: _run_flex(q, k, v, lists)
 
 
 def _contestants(q, k, v, block_mask):
