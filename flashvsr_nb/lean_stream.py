@@ -191,8 +191,7 @@ class _Insistent(_Pieces):
                 if self.step_down is None or (options := self.step_down()) is None:
                     raise
             self.k, self.projector, written = before  # outside `except`: the tensors of the failed step are gone now
-            if not written:
-                self.caches = None
+            self.caches = self.caches if written else None
             for cache, n in zip(self.caches or (), written):
                 _rewind(cache, n)
             if self.device.type == "cuda":

@@ -6,7 +6,7 @@
 __all__ = ['loss_terms', 'psnr_y', 'detail_target', 'start_weights', 'widen', 'run_clip', 'Trainer', 'save_checkpoint',
            'load_checkpoint']
 
-# %% ../nbs/13_training.ipynb #d1d77081
+# %% ../nbs/13_training.ipynb #f078f191
 import json
 import math
 import time
@@ -183,7 +183,7 @@ class _Step:
         with torch.cuda.graph(self.graph):
             self.result = self._run(self.hr, self.lr, "reference")  # the other back ends look at the mask on the CPU
 
-# %% ../nbs/13_training.ipynb #659f8f22
+# %% ../nbs/13_training.ipynb #e4f5a6b7
 def _mean(x):
     "The mean over all processes of `torch.distributed`, in place; x itself where there is only one."
     if dist.is_initialized():
@@ -192,6 +192,12 @@ def _mean(x):
     return x
 
 
+def _average(grads):
+    "Each becomes the mean of all processes, in one message."
+    flat = _mean(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(flat, grads)])
+
+# %% ../nbs/13_training.ipynb #bf1965b1
 class Trainer:
     "Weights, their moving average, optimiser and clock; one in each process of `torch.distributed`, if that runs."
 
@@ -221,9 +227,7 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = self.peak * rise * (0.99 * fall + 0.01)
         self.gradients.noise.fill_(min(1.0, done / 0.35))
         result = self.gradients(hr, lr)
-        grads = [p.grad for p in self.model.parameters()]
-        flat = _mean(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(flat, grads)])
+        _average([p.grad for p in self.model.parameters()])
         result["norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
