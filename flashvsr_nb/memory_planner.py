@@ -210,6 +210,7 @@ def stepper(
     plan: Plan,  # the one that runs
     *,
     tell=print,  # called with one line at each step
+    step=lambda plan: None,  # called with the next plan at each step
 ):  # function without arguments, for `LeanStream(step_down=...)`: options of the next plan, or None
     "Steps down a plan at each call, as long as frames stay whole."
     now = plan
@@ -221,6 +222,7 @@ def stepper(
             return None
         tell(f"out of memory with {now.name!r}; going on with {after.name!r}, {after.vram:,} MiB")
         now = after
+        step(now)
         return run_options(now)
     return step_down
 
@@ -230,11 +232,12 @@ def open_stream(
     model,  # FlashVSR
     *,
     tell=print,  # called with one line when memory runs out and the stream goes on in another way
+    step=lambda plan: None,  # called with the plan that it goes on with
     **options,  # seed, noise, kv_slabs, policy, backend …: as for `Stream`
 ):  # LeanStream or LeanTiles; `enlarge` gives uint8 frames
     "The stream that runs a plan; INT8 weights change the model, for good."
     from flashvsr_nb.lean_stream import LeanStream
     if plan.tile is None:
-        return LeanStream(model, step_down=stepper(plan, tell=tell), **run_options(plan), **options)
+        return LeanStream(model, step_down=stepper(plan, tell=tell, step=step), **run_options(plan), **options)
     from flashvsr_nb.tiling import LeanTiles
     return LeanTiles(model, tile=plan.tile, overlap=plan.overlap, lean=run_options(plan), **options)

@@ -106,8 +106,10 @@ def _keep_freed_memory():
 def _enlarge(stream, frames, size=None):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W), or of the `size` (height, width), uint8 in RAM."
     sr = stream.enlarge(np.stack(frames))
-    if size is not None:
-        sr = F.interpolate(to_values(sr), size, mode="bicubic", antialias=True)
+    if size is not None:  # a frame at a time, where the model is: the chunk itself may be in RAM
+        device = stream.model.dit.patch_embedding.weight.device
+        sr = torch.cat([to_levels(F.interpolate(to_values(f.to(device)), size, mode="bicubic", antialias=True)).cpu()
+                        for f in sr.split(1)])
     return (sr if sr.dtype == torch.uint8 else to_levels(sr)).cpu().numpy()
 
 
@@ -174,8 +176,11 @@ def _planned(model, clip, vram, options):
         raise ValueError(f"{clip.width}x{clip.height} does not fit in {vram:g} GiB of video memory: the smallest way, "
                          f"{chosen.name}, needs {chosen.vram:,} MiB of {chosen.budget:,}; make the input smaller, "
                          "or use device cpu")
-    rest = {k: v for k, v in options.items() if k in ("seed", "noise", "policy", "backend")}
-    return partial(open_stream, chosen, model, tell=lambda line: warnings.warn(line, stacklevel=2), **rest)
+    rest = {k: options[k] for k in ("seed", "noise", "policy", "backend", *(("blend",) if chosen.tile else ()))}
+    plans = [chosen]
+    def begin():  # where memory ran out in a scene, the next one begins as that one ended
+        return open_stream(plans[-1], model, tell=partial(warnings.warn, stacklevel=2), step=plans.append, **rest)
+    return begin
 
 # %% ../nbs/11_pipeline.ipynb #e9065bb9
 class FlashVSR(_Pretrained):

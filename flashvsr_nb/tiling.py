@@ -255,10 +255,11 @@ class LeanTiles(TiledStream, LeanStream):
         *,
         tile: int = 192,  # side of a tile, LR px, rounded up to whole blocks of 32
         overlap: int = 24,  # LR px, rounded up to whole blocks
+        blend: str = "hann",  # as for `tile_weights`
         lean: dict | None = None,  # kind, prefetch, release … of `LeanStream`
         **options,  # seed, noise, kv_slabs, policy, backend: as for `Stream`
     ):
-        super().__init__(model, tile=tile, overlap=overlap, shared=SHARED, **options)
+        super().__init__(model, tile=tile, overlap=overlap, blend=blend, shared=SHARED, **options)
         self.change(**lean or {})
         self.own = options | dict(cache=self.cache)
 

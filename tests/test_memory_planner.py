@@ -145,11 +145,13 @@ def test_importing_the_planner_needs_no_torch():
 
 def test_steps_down_and_ends():
     p, told = plan(270, 480, 24), []
-    steps, down = [p], stepper(p, tell=told.append)
+    steps, stepped = [p], []
+    down = stepper(p, tell=told.append, step=stepped.append)
     while (options := down()) is not None:
         p = next_plan(p)
         assert options == run_options(p)
         steps.append(p)
+    assert stepped == steps[1:]
     assert len(steps) > 3 and len(told) == len(steps) - 1 and p.tile is None
     assert all(b.vram <= a.vram - 100 for a, b in itertools.pairwise(steps))
     assert p.name in told[-1] and "out of memory" in told[0]

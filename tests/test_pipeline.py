@@ -1,8 +1,10 @@
 """Noise that knows its place, LQ of any size, and clips that come out whole, whatever comes in."""
+import itertools
 import subprocess
 import sys
 import warnings
 import weakref
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from flashvsr_nb import pipeline
 from flashvsr_nb.dit import ModelConfig
+from flashvsr_nb.memory_planner import open_stream, plan
 from flashvsr_nb.pipeline import FlashVSR, Stream, Upscaled, noise_at, peak_memory, pick_device, prepare_lq
 from flashvsr_nb.video import VideoReader, VideoWriter, probe, read_video, write_video
 from hypothesis import HealthCheck, given, settings
@@ -741,6 +745,49 @@ def test_a_planned_stream_gives_the_same_frames(model):
     frames = np.random.default_rng(0).integers(0, 256, (22, 40, 32, 3), dtype=np.uint8)
     plain, planned = (model.upscale(frames, progress=False, vram=vram) for vram in (None, 4))
     assert np.abs(plain.astype(int) - planned).max() <= 1
+
+
+OFFICIAL = plan(540, 960, 80)  # its plans need amounts that differ
+
+
+@pytest.fixture(scope="module")
+def two_scenes():
+    noise = torch.randn(1, 16, 12, 32, 32, generator=torch.Generator().manual_seed(0))
+    frames, options = np.concatenate([clip(23, 40, 40), 255 - clip(4, 40, 40) // 8]), dict(progress=False, noise=noise, scale=3)
+    return frames, options, tiny().upscale(frames, **options)
+
+
+@pytest.mark.parametrize("way", [p for p in OFFICIAL.others if not p.tile or p.tile == 128], ids=lambda p: p.name)
+def test_every_plan_runs(two_scenes, monkeypatch, way):
+    "Scenes, an end within a chunk, another size: what needs no INT8 and no tiles gives what a plain stream gives."
+    frames, options, plain = two_scenes
+    way = replace(way, tile=way.tile and 32, overlap=8, decoder_tile=(9, 32), fits=True)
+    monkeypatch.setattr(pipeline, "plan", lambda *_, **__: way)
+    planned = tiny().upscale(frames, vram=8, **options)
+    assert planned.shape == plain.shape == (27, 120, 120, 3)
+    off = np.abs(planned.astype(int) - plain)
+    assert off.max() <= 1 if way.exact else 0 < off.mean() < 5
+
+
+def test_a_scene_begins_as_the_one_before_ended(model, monkeypatch):
+    frames = np.concatenate([clip(22, 40, 40), 255 - clip(22, 40, 40) // 8])
+    plain, calls, opened = model.upscale(frames, progress=False), itertools.count(), []
+    def fail(*_):
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test's)")
+    def kept(plan, *args, **options):
+        opened.append(plan.kind)
+        return open_stream(plan, *args, **options)
+    monkeypatch.setattr(pipeline, "plan", lambda *_, **__: OFFICIAL)
+    monkeypatch.setattr(pipeline, "open_stream", kept)
+    hook = model.dit.blocks[0].ffn.register_forward_pre_hook(fail)
+    try:
+        with pytest.warns(UserWarning, match="out of memory with 'all resident'; going on with 'KV off-loaded"):
+            planned = model.upscale(frames, progress=False, vram=80)
+    finally:
+        hook.remove()
+    model.decoder.tile = model.decoder.store = None
+    assert opened == ["resident", "offload"] and np.abs(plain.astype(int) - planned).max() <= 1
 
 
 def test_plans_that_cannot_be(model):
