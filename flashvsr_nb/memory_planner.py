@@ -188,7 +188,7 @@ def plan(
     best = next((p for p in found if p.fits), min(found, key=lambda p: p.vram))
     return replace(best, others=tuple(found))
 
-# %% ../nbs/07b_memory_planner.ipynb #f2374908
+# %% ../nbs/07b_memory_planner.ipynb #6a11cb16
 def run_options(
     plan: Plan,  # from `plan` or `next_plan`
 ) -> dict:  # keyword arguments of `LeanStream` and of its `change`
@@ -226,7 +226,7 @@ def stepper(
         return run_options(now)
     return step_down
 
-# %% ../nbs/07b_memory_planner.ipynb #e23bc54c
+# %% ../nbs/07b_memory_planner.ipynb #38ec6fb0
 def open_stream(
     plan: Plan,  # from `plan`
     model,  # FlashVSR
