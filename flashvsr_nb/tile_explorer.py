@@ -64,7 +64,8 @@ def seam_map(
 @cache
 def _settings(tiled):
     "(exact, options of a stream) of every way to run a frame, or one in tiles; the same for every size."
-    return [(p.exact, run_options(p)) for p in plan_memory(320, 320, 1000, tiles=(192,)).others if bool(p.tile) == tiled]
+    found = plan_memory(320, 320, 1000, tiles=(192,)).others
+    return [(p.exact, run_options(p)) for p in found if bool(p.tile) == tiled]
 
 
 def ways(
@@ -141,7 +142,7 @@ class _Tiles(_Viewer):
     def _measure(self, change):
         self.measure()
 
-
+# %% ../nbs/12c_tile_explorer.ipynb #5e0d1c7a
 def _drawn(frame, size, plan, width=640):
     "A frame of `size` with its tiles; orange is computed more than once."
     H, W = plan["rows"][-1].stop, plan["cols"][-1].stop
