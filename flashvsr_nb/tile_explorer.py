@@ -88,7 +88,8 @@ def ways(
             need = _stages(cfg, S, frame=frame, tile=part, **way)[0] + _CONTEXT
             rows.append((need / 1024, 2 * once - twice, twice - once, not exact))
     best = [r for r in rows if not any(o != r and all(a <= b for a, b in zip(o, r)) for o in rows)]
-    return [dict(gib=round(g, 3), fixed=round(f, 4), area=round(a, 4), exact=not n) for g, f, a, n in dict.fromkeys(best)]
+    return [dict(gib=round(g, 3), fixed=round(f, 4), area=round(a, 4), exact=not n)
+            for g, f, a, n in dict.fromkeys(best)]
 
 # %% ../nbs/12c_tile_explorer.ipynb #f7dd3279
 class _Tiles(_Viewer):
