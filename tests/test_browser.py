@@ -219,6 +219,9 @@ def test_tiles_follow_the_sliders(page):
         plan, mine = json.loads(w.get_attribute("data-plan")), viewer.layout()
         assert plan["cols"] == [[s.start, s.stop] for s in mine["cols"]]
         assert plan["redundancy"] == pytest.approx(mine["redundancy"])
+        shown, told = plan["predicted"], viewer.predicted()
+        assert (shown["gib"], shown["time"]) == pytest.approx((told["gib"], told["time"]))
+    assert "Predicted, official size" in page.locator(".fvsr-read").last.inner_text()
     bar = bp.picture(w, 1)
     bp.move(w, "vram", 4)
     assert changed(bar, bp.picture(w, 1)) > 0.01

@@ -16,7 +16,7 @@ from flashvsr_nb.kv_cache import KVCache, chunk
 from flashvsr_nb.recorder import LayerRecord, Recording, _layer_record, _of_keys, _of_queries, slab_frames
 from flashvsr_nb.small_caches import cache_bytes
 from flashvsr_nb.sparge_attention import sparge_mask
-from flashvsr_nb.tile_explorer import TileExplorer, at_least, layout, seam_map
+from flashvsr_nb.tile_explorer import TileExplorer, layout, seam_map
 from flashvsr_nb.tiling import BLENDS, tile_grid, tile_weights
 from flashvsr_nb.viewers import CacheTimeline, QuantViewer, SparsityViewer, quantisation, replay, ring_table
 from flashvsr_nb.widgets import CompareVideo, SeamViewer, jpeg_frames, seam_heat, step_profile
@@ -306,11 +306,22 @@ def test_the_explorers_layout_is_that_of_a_tiled_stream():
     stream = TiledStream(nano, tile=64, overlap=16, snap=4)
     stream._start(256, 384)
     assert [[4 * s.start, 4 * s.stop] for s in w.layout()["cols"]] == [[s.start, s.stop] for s in stream.cols]
-    assert w.table[w.own_size]["untiled"] == at_least(nano.cfg)(64, 96, None)
     heat = w.measure()
     assert heat.shape == (256, 384) and heat.max() > 0 and w.measured_for == "64 16 hann 4"
     assert len(w.measured) == w.measured_size[0] * w.measured_size[1] and max(w.measured) == 255
     np.testing.assert_array_equal(seam_map(nano, clip(1, 64, 96)[0], tile=96, overlap=16), 0)  # one tile: untiled
+
+
+def test_the_explorer_predicts_what_the_planner_does():
+    from flashvsr_nb.memory_planner import _CONTEXT, plan
+    w = TileExplorer(clip(1, 144, 256)[0])
+    for w.size, w.tile in ((1, 128), (4, 160), (6, 256)):
+        for w.vram in (6, 9.5, 16, 32):
+            rows = [p for p in plan(*w.sizes[w.size], w.vram, tiles=(w.tile,)).others if p.tile]
+            fit, got = [p for p in rows if p.fits], w.predicted()
+            assert got["fits"] == bool(fit)
+            best = min(fit, key=lambda p: p.time) if fit else min(rows, key=lambda p: p.vram)
+            assert 1024 * got["gib"] == pytest.approx(best.vram + _CONTEXT, abs=2)
 
 
 def test_records_are_what_the_viewer_expects():

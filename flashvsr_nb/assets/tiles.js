@@ -116,13 +116,13 @@ function render({ model, el }) {
         g.strokeRect(left * scale + 2, top * scale + 2, (right - left) * scale - 4, (bottom - top) * scale - 4);
       }
     }));
-    drawBar(full);
+    drawBar();
     const side = v.get("tile"), shares = [rows, cols].flatMap(s => s.slice(1).map(([a], i) => s[i][1] - a));
     const many = rows.length * cols.length;
     read.textContent = `${many} ${many > 1 ? "tiles" : "tile: untiled"}, ${rows.length} × ${cols.length} of ${side} px; overlaps ${
-      shares.length ? `${Math.min(...shares)} to ${Math.max(...shares)} px` : "none"}; redundancy ${plan.redundancy.toFixed(3)}. ${said(full)}${
+      shares.length ? `${Math.min(...shares)} to ${Math.max(...shares)} px` : "none"}; redundancy ${plan.redundancy.toFixed(3)}. ${said()}${
       view === "seams" ? (measured() ? " Seam map: measured." : " Seam map: first idea from the tiles' means.") : ""}`;
-    v.root.dataset.plan = JSON.stringify({ rows, cols, redundancy: plan.redundancy });
+    v.root.dataset.plan = JSON.stringify({ rows, cols, redundancy: plan.redundancy, predicted: predicted() });
   }
 
   function drawSeams(g) {
@@ -138,15 +138,21 @@ function render({ model, el }) {
     timer = setTimeout(() => { v.model.set("ask", wanted()); v.model.save_changes(); }, 500); // once the slider rests
   }
 
-  const predicted = full => v.get("table")[v.get("size")]?.[Math.max(...full) <= v.get("tile") ? "untiled" : String(v.get("tile"))];
-  function said(full) {
-    const p = predicted(full);
-    if (!p) return "";
-    const fits = p.gib <= v.get("vram") ? "fits" : "does not fit";
-    return `${v.get("bound") ? "At least" : "Predicted:"} ${p.gib.toFixed(2)} GiB (${fits}), ${(p.seconds ?? p.time).toFixed(2)} ${p.seconds ? "s per frame" : "× the time of the untiled frame"}.`;
+  function predicted() { // the best way that fits the card, or the smallest
+    const { rows, cols, redundancy } = plan, entry = v.get("table")[v.get("size")];
+    const found = [entry?.[rows.length * cols.length === 1 ? "untiled" : String(v.get("tile"))] ?? []].flat();
+    const ways = found.map(w => ({ exact: true, ...w, time: w.seconds ?? w.time ?? w.fixed + w.area * redundancy }));
+    const fit = ways.filter(w => w.gib <= v.get("vram")), order = fit.length ? (a, b) => b.exact - a.exact || a.time - b.time : (a, b) => a.gib - b.gib;
+    return (fit.length ? fit : ways).sort(order)[0];
   }
-  function drawBar(full) {
-    const p = predicted(full), g = bar.getContext("2d");
+  function said() {
+    const p = predicted();
+    if (!p) return "";
+    const fits = p.gib <= v.get("vram") ? "fits" : "does not fit", unit = p.seconds ? "s per frame" : `× the time of the untiled frame${v.get("official") ? ", everything resident" : ""}`;
+    return `Predicted${v.get("official") ? ", official size" : ""}: ${p.gib.toFixed(2)} GiB (${fits}), ${p.time.toFixed(2)} ${unit}.`;
+  }
+  function drawBar() {
+    const p = predicted(), g = bar.getContext("2d");
     bar.style.display = p ? "" : "none";
     if (!p) return;
     const most = Math.max(p.gib, v.get("vram")) * 1.15, x = value => value / most * CW;
