@@ -246,7 +246,7 @@ class TiledStream(_Grid):
         sr = self._merge(finish(t, x, lq[..., r, c]) for t, x, (r, c) in zip(self.tiles, latents, places))
         return color_fix(sr, lq, method=self.model.cfg.color_fix) if "colors" in self.shared else sr
 
-# %% ../nbs/07_tiling.ipynb #53124476
+# %% ../nbs/07_tiling.ipynb #c9c2c465
 class LeanTiles(TiledStream, LeanStream):
     "A `TiledStream` whose frames and tokens are in the host's memory; the device holds those it is working on."
     def __init__(
