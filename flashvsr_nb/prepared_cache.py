@@ -71,11 +71,12 @@ def turn_queries(
     rope: tuple,  # (cos, sin), each (tokens,d/2) float32 in window order
 ) -> torch.Tensor:  # as x, the queries
     "`norm_and_turn` for tokens in window order, in two launches."
-    if not (x.is_cuda or _interpreted()):
-        return norm_and_turn(x, norm, rope)
-    (b, heads, tokens, d), x = x.shape, _dense(x)
+    b, heads, tokens, d = x.shape
     if tokens % 64:
         raise ValueError(f"turn_queries: {tokens} tokens, must be a multiple of 64")
+    if not (x.is_cuda or _interpreted()):
+        return norm_and_turn(x, norm, rope)
+    x = _dense(x)
     _turn[tokens // 64, heads, b](x, _rms(x, norm), norm.weight.to(x.dtype), *rope, *x.stride()[:3], ROWS=64, D=d)
     return x
 
