@@ -142,6 +142,10 @@ class Plan:
         return "\n".join([head, *table, "> chosen, x does not fit; time relative to all resident"])
 
 # %% ../nbs/07b_memory_planner.ipynb #8fcfa6ef
+def _strips(frame):  # (rows, columns) of latent cells -> how the decoder may cut it, largest first; None: not
+    return [None, *((r, frame[1]) for r in (96, 64, 48, 32, 24, 16) if r < frame[0])]
+
+
 def plan(
     height: int,  # of the LR frames, px
     width: int,  # of the LR frames, px
@@ -163,7 +167,7 @@ def plan(
     cfg, budget = config or ModelConfig.wan1_3b(), int(vram_gb * 1024) - _CONTEXT
     grid = _blocks(height), _blocks(width)
     S, frame, found = grid[0] * grid[1], (16 * grid[0], 16 * grid[1]), []
-    strips = [None, *((r, frame[1]) for r in (96, 64, 48, 32, 24, 16) if r < frame[0])]
+    strips = _strips(frame)
     ways = [(None, *way) for way in _strategies()]
     usable = (t for t in tiles if overlap + 4 <= t < max(height, width))
     for t in sorted(usable, reverse=True):  # tiles advance together: caches wait

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from .dit import ModelConfig
-from .memory_planner import _CONTEXT, _blocks, _seconds, _stages, run_options
+from .memory_planner import _CONTEXT, _blocks, _seconds, _stages, _strips, run_options
 from .memory_planner import plan as plan_memory
 from .streaming import Stream, prepare_lq
 from .tiling import BLENDS, TiledStream, tile_grid
@@ -82,7 +82,7 @@ def ways(
     part = min(_blocks(tile), grid[0]) * min(_blocks(tile), grid[1]) if tile else 0
     base, rows = _seconds(cfg, S, _settings(False)[0][1], frame), []
     for exact, way in _settings(bool(tile)):
-        for strip in (None, *((r, frame[1]) for r in (96, 64, 48, 32, 24, 16) if r < frame[0])):
+        for strip in _strips(frame):
             way = way | dict(decoder_tile=strip)
             once, twice = (_seconds(cfg, S, way, frame, n) / base for n in (1, 2))
             need = _stages(cfg, S, frame=frame, tile=part, **way)[0] + _CONTEXT
