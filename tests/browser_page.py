@@ -96,6 +96,32 @@ def move(root, name, value):
     return tuple(float(root.get_attribute(f"data-{kind}-ms")) for kind in ("draw", "frame"))
 
 
+def watch(root, name, value, *, quiet=700, most=8000):
+    "Move a slider; milliseconds from its event to the first and to the last frame in which a canvas shows something else."
+    return root.evaluate("""async (root, [name, value, quiet, most]) => {
+        const input = root.querySelector(`[name=${name}]`), canvases = [...root.querySelectorAll('canvas')];
+        const look = canvas => { // a sum over all pixels; canvases are drawn by software here, so reading one is cheap
+            const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+            return new Uint32Array(data.buffer).reduce((sum, x) => Math.imul(sum ^ x, 16777619) >>> 0, canvas.height);
+        };
+        const all = () => canvases.map(look).join();
+        const frame = () => new Promise(done => requestAnimationFrame(() => {
+            const c = new MessageChannel(); c.port1.onmessage = done; c.port2.postMessage(0); }));
+        let shown = all(), first = null, last = null, now;
+        await frame();
+        input.value = value;
+        const start = performance.now();
+        input.dispatchEvent(new Event(input.tagName === 'SELECT' ? 'change' : 'input', { bubbles: true }));
+        do {
+            await frame();
+            now = performance.now() - start;
+            const next = all();
+            if (next !== shown) { shown = next; first ??= now; last = now; }
+        } while (now < most && now - (last ?? 0) < (last === null ? most : quiet));
+        return [first, last];
+    }""", [name, value, quiet, most])
+
+
 def picture(root, at=0):
     "What the widget's canvas number `at` shows now, as an array of uint8 (H,W,4)."
     import numpy as np

@@ -80,17 +80,18 @@ def figure_text(source, section):
 
 
 def alt_texts(nb):
-    "SHA-256 of every stored picture: what it shows."
+    "SHA-256 of every stored picture: what it shows, by its own words, by `#| fig-alt:` of its cell, or by its code."
     found, section = {}, title_of(nb)[0]
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
             section = (re.findall(r"^#+ (.+)", cell["source"], re.M) or [section])[-1]
+        told = [d.removeprefix("fig-alt:").strip() for d in directives(cell) if d.startswith("fig-alt:")]
         for output in cell.get("outputs", []):
             for kind, data in output.get("data", {}).items():
                 if kind in ("image/png", "image/jpeg"):
-                    own = output["metadata"].get(kind, {}).get("alt")
+                    own = [output["metadata"].get(kind, {}).get("alt"), *told]
                     name = hashlib.sha256(b64decode("".join(data))).hexdigest()
-                    found[name] = own or figure_text(cell["source"], section)
+                    found[name] = next(filter(None, own), None) or figure_text(cell["source"], section)
     return found
 
 

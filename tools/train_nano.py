@@ -37,9 +37,10 @@ def main():
     parser.add_argument("out", type=Path, help="folder for what comes out")
     parser.add_argument("--minutes", type=float, default=9, help="of training, setting up not counted (default: 9)")
     parser.add_argument("--until", type=float, help="minutes from the start of this program instead, all counted")
+    parser.add_argument("--stop", type=float, help="minutes of training after which to break off, to be resumed")
     parser.add_argument("--peak", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
     parser.add_argument("--coded", type=float, default=0.6, help="share of damaged clips (default: 0.6)")
-    parser.add_argument("--from", dest="start", metavar="nano|PATH", help="weights, all of them, to start from")
+    parser.add_argument("--from", dest="start", metavar="nano|PATH", help="weights, all of them, to start from, and sizes")
     parser.add_argument("--decoder-from", metavar="nano|PATH", help="weights whose decoder, not wider, is the start")
     parser.add_argument("--resume", type=Path, help="checkpoint folder of an earlier run to go on from")
     parser.add_argument("--batch", type=int, default=6, help="clips per step (default: 6)")
@@ -62,9 +63,9 @@ def main():
         videos = [frames_first(read_video(p)).to(args.device) for p in sorted((args.data / "clips").glob("*.mp4"))]
         print(f"{time.perf_counter() - began:.0f} s: {len(stills)} stills, {len(videos)} clips", flush=True)
         torch.manual_seed(0)  # all processes begin with the same weights
-        model = start_weights(FlashVSR(ModelConfig.nano()))
-        if args.start:
-            whole = load_weights(args.start)
+        whole = load_weights(args.start) if args.start else None
+        model = start_weights(FlashVSR(whole.cfg if whole else ModelConfig.nano()))
+        if whole:
             for part, weights in (("dit", whole.dit), ("projector", whole.projector), ("decoder", whole.decoder)):
                 getattr(model, part).load_state_dict({k: v.float() for k, v in weights.items()})
             model.context.data.copy_(whole.context)
@@ -80,7 +81,7 @@ def main():
         trainer = Trainer(model, minutes=minutes, lr=args.peak)
         if args.resume:
             load_checkpoint(trainer, args.resume)
-        log, saved = [], time.perf_counter()
+        log, saved, resumed = [], time.perf_counter(), trainer.spent
 
         def save():
             part = lambda p: {k.removeprefix(f"{p}."): v for k, v in trainer.ema.items() if k.startswith(f"{p}.")}
@@ -90,6 +91,8 @@ def main():
 
         def report(row):
             nonlocal saved
+            if args.stop and trainer.spent - resumed > args.stop * 60:
+                trainer.budget = trainer.spent  # the clock is one for all processes: so is this
             if rank:
                 return
             log.append(row)
