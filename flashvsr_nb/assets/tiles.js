@@ -135,7 +135,7 @@ function render({ model, el }) {
     paint(g, tw, th, i => heat[i] / top, () => 215);
     if (!v.get("can_measure") || v.get("size") !== v.get("own_size")) return;
     clearTimeout(timer);
-    timer = setTimeout(() => { v.model.set("ask", wanted()); v.model.save_changes(); }, 500); // once the slider rests
+    timer = setTimeout(() => { v.model.set("ask", wanted()); v.model.save_changes(); }, 120); // once the slider rests
   }
 
   function predicted() { // the best way that fits the card, or the smallest
