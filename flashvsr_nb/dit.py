@@ -18,7 +18,7 @@ from torch import nn
 from .attention import LCSA, attend
 from .patching import apply_rope, block_grid, rope_table, window_merge, window_partition
 
-# %% ../nbs/04_dit.ipynb #b95ad946
+# %% ../nbs/04_dit.ipynb #e54cf6f2
 @dataclass(frozen=True)
 class ModelConfig:
     "The numbers that describe one model: DiT, LQ projector, decoder and the policies they were trained with"
@@ -61,8 +61,8 @@ class ModelConfig:
     @classmethod
     def nano(cls): # ModelConfig
         "Our small model: under 5 M parameters, trained in minutes, shipped with the package"
-        return cls(dim=256, heads=2, layers=2, ffn_dim=384, text_dim=64, freq_dim=64, proj_dims=(16, 64),
-                   decoder_channels=(64, 96, 48, 16), residual=True, pyramid=True, key_blocks=12., local_range=5,
+        return cls(dim=256, heads=2, layers=2, ffn_dim=256, text_dim=64, freq_dim=64, proj_dims=(16, 64),
+                   decoder_channels=(64, 112, 32, 16), residual=True, pyramid=True, key_blocks=12., local_range=5,
                    resize='torch', color_fix='none')
 
     @property
@@ -125,7 +125,7 @@ class _Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim, cfg.eps), RMSNorm(cfg.dim, cfg.eps)
 
-# %% ../nbs/04_dit.ipynb #a6a7978a
+# %% ../nbs/04_dit.ipynb #84b26838
 def _mask(policy, q, k, grid): # LCSA needs means only; who knows what another policy looks at
     plain = torch.is_tensor(k) or isinstance(policy, LCSA)
     return policy(q, k if plain else k.dequantize(q.dtype)[0], grid=grid)
@@ -217,7 +217,7 @@ class Block(nn.Module):
         x = x + self.cross_attn(self.norm3(x), prompt)
         return x + gate2 * self.ffn(modulate(x, shift2, scale2, eps=self.eps))
 
-# %% ../nbs/04_dit.ipynb #7d128578
+# %% ../nbs/04_dit.ipynb #5357f049
 def _pieces(start, stop, size): return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 def block_in_rows(
@@ -290,7 +290,7 @@ class Conditioning:
     t6: torch.Tensor # (1, 6, D)
     prompt: list # per block: (k, v), each (1, heads, n, d)
 
-# %% ../nbs/04_dit.ipynb #40f87db0
+# %% ../nbs/04_dit.ipynb #596ce39b
 def _embed(patch_embedding, x, tokens):
     "Patches of the latents plus LQ tokens, in window order, as the tokens come"
     size = torch.Size((x.shape[2], x.shape[3] // 2, x.shape[4] // 2))
@@ -313,7 +313,7 @@ def _latents(head, y, t, size, rows):
     y = window_merge(y, size=size).unflatten(-1, (2, 2, -1)) # B, f, h, w, 2, 2, channels
     return y.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-# %% ../nbs/04_dit.ipynb #1dad7b69
+# %% ../nbs/04_dit.ipynb #ad87d27d
 class DiT(nn.Module):
     "The streaming video DiT; module and parameter names are those of the official checkpoint (825 tensors)"
     def __init__(

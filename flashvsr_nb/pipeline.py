@@ -101,7 +101,7 @@ def _keep_freed_memory():
         for option, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             mallopt(option, size)
 
-# %% ../nbs/11_pipeline.ipynb #ee0b9b10
+# %% ../nbs/11_pipeline.ipynb #1360b786
 @torch.inference_mode()
 def _enlarge(stream, frames, size=None):
     "The LR frames of a chunk, (H,W,3) uint8, to SR (n,3,4H,4W), or of the `size` (height, width), uint8 in RAM."
@@ -139,7 +139,7 @@ def _tell(frames, progress, total, device):
             if callable(progress):
                 progress(done, total)
 
-# %% ../nbs/11_pipeline.ipynb #f8a972fa
+# %% ../nbs/11_pipeline.ipynb #23794af9
 class _Pretrained(_Model):
     "A model that finds its own weights."
     @classmethod
@@ -164,7 +164,7 @@ class _Pretrained(_Model):
             _keep_freed_memory()
         return cls(weights.cfg, parts=build(weights, device, dtype), attention=attention, mask=mask).freeze()
 
-# %% ../nbs/11_pipeline.ipynb #ad12a0af
+# %% ../nbs/11_pipeline.ipynb #972dd2a8
 def _planned(model, clip, vram, options):
     "What begins the stream of a scene: as the options say; on a GPU, or with `vram`, as the memory planner says."
     device = model.context.device
@@ -182,7 +182,7 @@ def _planned(model, clip, vram, options):
         return open_stream(plans[-1], model, tell=partial(warnings.warn, stacklevel=2), step=plans.append, **rest)
     return begin
 
-# %% ../nbs/11_pipeline.ipynb #e9065bb9
+# %% ../nbs/11_pipeline.ipynb #891a179a
 class FlashVSR(_Pretrained):
     "A whole model: LQ projector, DiT, decoder and prompt context, and the loop that runs clips through them."
     def upscale(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKEND', 'norm_and_turn', 'turn_queries', 'PreparedCache']
 
-# %% ../nbs/09d_prepared_cache.ipynb #9a89fffe
+# %% ../nbs/09d_prepared_cache.ipynb #dbc6e07f
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +17,7 @@ from .small_caches import _OnRing, _Ring
 from .sparge_kernel import (BLOCKS, PreparedKV, _check_choices, _interpreted, _to_int8, prepare_kv,
                                        sparge_attention, sparge_attention_prepared)
 
-# %% ../nbs/09d_prepared_cache.ipynb #b4fb374c
+# %% ../nbs/09d_prepared_cache.ipynb #28e44ad7
 def norm_and_turn(
     x: torch.Tensor,  # (B,heads,tokens,d): what a projection gave, cut into heads
     norm,  # RMSNorm over heads·d
@@ -31,7 +31,7 @@ def norm_and_turn(
         y = window_partition(y.unflatten(1, size))
     return apply_rope(y.unflatten(-1, (x.shape[1], -1)).transpose(1, 2), *rope)
 
-# %% ../nbs/09d_prepared_cache.ipynb #d0ad9ea0
+# %% ../nbs/09d_prepared_cache.ipynb #5960876c
 @triton.jit
 def _inverse_rms(X, RMS, eps, heads, sb, sh, st, ROWS: tl.constexpr, D: tl.constexpr):
     "1 / rms over all heads, of a few tokens."
@@ -64,7 +64,7 @@ def _turn(X, RMS, WEIGHT, COS, SIN, sb, sh, st, ROWS: tl.constexpr, D: tl.conste
     y = _turned(X, RMS + b * tl.num_programs(0) * ROWS, WEIGHT + head * D, COS, SIN, n, n, st, ROWS, D)
     tl.store(X + n.to(tl.int64)[:, None] * st + d[None, :], y.to(X.dtype.element_ty))
 
-# %% ../nbs/09d_prepared_cache.ipynb #e4c177b3
+# %% ../nbs/09d_prepared_cache.ipynb #1ec03614
 def turn_queries(
     x: torch.Tensor,  # (B,heads,tokens,d), as of `norm_and_turn`, tokens a multiple of 64; on a GPU written over
     norm,  # RMSNorm over heads·d
@@ -89,7 +89,7 @@ def _rms(x, norm):
     _inverse_rms[x.shape[2] // 16, len(x)](x, rms, norm.eps, x.shape[1], *x.stride()[:3], ROWS=16, D=x.shape[3])
     return rms
 
-# %% ../nbs/09d_prepared_cache.ipynb #f5165f36
+# %% ../nbs/09d_prepared_cache.ipynb #6f99c6c4
 @triton.jit
 def _raster(n, h, w):
     "Where the n-th token in window order stands, row by row."
@@ -118,7 +118,7 @@ def _write(K, V, RMS, WEIGHT, COS, SIN, MEAN, K8, SCALE, POOLED, VALUES, h, w, h
     tl.store(SCALE + block, scale)
     tl.store(K8 + to, _to_int8(k, scale))
 
-# %% ../nbs/09d_prepared_cache.ipynb #8399a9d9
+# %% ../nbs/09d_prepared_cache.ipynb #2e22ca2c
 class _Slabs(_OnRing):
     "Keys that are normed and turned already."
 
@@ -162,7 +162,7 @@ class _Slabs(_OnRing):
         k, scale, v, pooled = tensors
         return PreparedKV(k, scale, self.mean, v, None, min(k.shape[2], self.ring.written * self.slab), pooled)
 
-# %% ../nbs/09d_prepared_cache.ipynb #64cf3396
+# %% ../nbs/09d_prepared_cache.ipynb #7a553c52
 class PreparedCache(_Slabs):
     "A layer's newest slabs as the kernel reads them: every key is smoothed and quantised once, when it is written."
 
@@ -203,7 +203,7 @@ class PreparedCache(_Slabs):
         ring.written += n
         return self.prepared(ring.data)
 
-# %% ../nbs/09d_prepared_cache.ipynb #70a0f45a
+# %% ../nbs/09d_prepared_cache.ipynb #2f65f298
 BACKEND = Backend(
     sparge_attention, "our Triton kernel: INT8 scores, skips masked blocks", exact=False, devices=("cuda",),
     dtypes=(torch.float16, torch.bfloat16, torch.float32), head_dims=(64, 128), block_sizes=BLOCKS,

@@ -169,7 +169,7 @@ class _Frames(_Setup):
         seams = tile_lines(grid, lq.shape[1:3], border=item.border) if grid and item.scale == 4 else None
         return Material(_inside(item, sr), None if hr is None else _inside(item, hr), guide, seams), seconds
 
-# %% ../nbs/11c_runner.ipynb #4fc01c59
+# %% ../nbs/11c_runner.ipynb #1025c7f8
 class _Run(_Frames):
     "One evaluation."
     def clip(self, item):

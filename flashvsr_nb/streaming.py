@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_at', 'prepare_lq', 'Stream']
 
-# %% ../nbs/06d_streaming.ipynb #9578b5f3
+# %% ../nbs/06d_streaming.ipynb #fdef4911
 import math
 
 import numpy as np
@@ -99,7 +99,7 @@ def _injected(noise, need, latents):
                          f"T at least {latents.stop} so far")
     return noise[:, :, latents.start:latents.stop]
 
-# %% ../nbs/06d_streaming.ipynb #c74f57f3
+# %% ../nbs/06d_streaming.ipynb #7edae1a0
 class _Steps:
     "The steps of a stream: what it does with one chunk."
     def _insist(self, step): return step()  # a stream that can save memory does more where there is none left
@@ -149,7 +149,7 @@ class _Steps:
         "Pixels of a chunk, with the colours of LQ where the config says so."
         return color_fix(self.decode(latents, lq), lq, method=self.model.cfg.color_fix)
 
-# %% ../nbs/06d_streaming.ipynb #edccc4cf
+# %% ../nbs/06d_streaming.ipynb #b757c6e0
 class Stream(_Steps):
     "One video on its way through a model: KV caches, the memory of projector and decoder, the LQ frames read ahead."
     def __init__(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layout', 'seam_map', 'ways', 'TileExplorer']
 
-# %% ../nbs/12c_tile_explorer.ipynb #128d7b40
+# %% ../nbs/12c_tile_explorer.ipynb #099e93f2
 from functools import cache
 
 import numpy as np
@@ -60,7 +60,7 @@ def seam_map(
     tiled = _still(TiledStream(model, shared=shared, **tiling), frame)
     return (whole - tiled).abs().mean(0).mul(127.5).float().cpu().numpy()
 
-# %% ../nbs/12c_tile_explorer.ipynb #6b52286f
+# %% ../nbs/12c_tile_explorer.ipynb #88695b1b
 @cache
 def _settings(tiled):
     "(exact, options of a stream) of every way to run a frame, or one in tiles; the same for every size."
@@ -91,7 +91,7 @@ def ways(
     return [dict(gib=round(g, 3), fixed=round(f, 4), area=round(a, 4), exact=not n)
             for g, f, a, n in dict.fromkeys(best)]
 
-# %% ../nbs/12c_tile_explorer.ipynb #f7dd3279
+# %% ../nbs/12c_tile_explorer.ipynb #0815b7df
 class _Tiles(_Viewer):
     "Where the tiles lie at present, and the seam maps that were measured."
 
@@ -143,7 +143,7 @@ class _Tiles(_Viewer):
     def _measure(self, change):
         self.measure()
 
-# %% ../nbs/12c_tile_explorer.ipynb #5e0d1c7a
+# %% ../nbs/12c_tile_explorer.ipynb #1483bcb9
 def _drawn(frame, size, plan, width=640):
     "A frame of `size` with its tiles; orange is computed more than once."
     H, W = plan["rows"][-1].stop, plan["cols"][-1].stop
@@ -161,7 +161,7 @@ def _drawn(frame, size, plan, width=640):
             draw.rectangle(box, outline="white")
     return page
 
-# %% ../nbs/12c_tile_explorer.ipynb #d70d2bea
+# %% ../nbs/12c_tile_explorer.ipynb #170b1ec2
 class TileExplorer(_Tiles):
     "Tiles over a frame: grid, overlaps, weights, redundancy, memory and time, seam map."
 

@@ -122,7 +122,7 @@ def widen(
             new.bias[:o] = old[name].bias
     return wide
 
-# %% ../nbs/13_training.ipynb
+# %% ../nbs/13_training.ipynb #4fabc72d
 def _energy(layer, dim):
     "Sum of squares of a layer's weights for each output (dim 0) or input (dim 1)."
     return layer.weight.transpose(0, dim).flatten(1).square().sum(1)
@@ -153,7 +153,7 @@ def prune(
     stage: int,  # 1: the channels at H/4, 2: at H/2
     width: int,  # channels to keep, at most as many as there are
 ):  # `decoder`, changed in place: its weights fit a TCDecoder of this width
-    "Keep those channels of a stage whose weights, in and out, have the most energy (magnitude pruning, Li et al. 2017)."
+    "Keep the channels of a stage whose weights, in and out, have the most energy (as Li et al. 2017 prune filters)."
     layers, skip = decoder.decoder, decoder.skips[stage - 1]
     up, *blocks = layers[6 * stage + 4 : 6 * stage + 8]
     grow, after = layers[6 * stage + 9 : 6 * stage + 11]
@@ -234,7 +234,7 @@ class _Step:
         with torch.cuda.graph(self.graph):
             self.result = self._run(self.hr, self.lr, "reference")  # the other back ends look at the mask on the CPU
 
-# %% ../nbs/13_training.ipynb #e4f5a6b7
+# %% ../nbs/13_training.ipynb #7109e490
 def _mean(x):
     "The mean over all processes of `torch.distributed`, in place; x itself where there is only one."
     if dist.is_initialized():
@@ -248,7 +248,7 @@ def _average(grads):
     flat = _mean(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(flat, grads)])
 
-# %% ../nbs/13_training.ipynb #bf1965b1
+# %% ../nbs/13_training.ipynb #f939193a
 class Trainer:
     "Weights, their moving average, optimiser and clock; one in each process of `torch.distributed`, if that runs."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'replay', 'SparsityViewer', 'ring_table', 'CacheTimeline', 'quantisation', 'QuantViewer']
 
-# %% ../nbs/12b_viewers.ipynb #7d56c52a
+# %% ../nbs/12b_viewers.ipynb #5e55d482
 import io
 
 import numpy as np

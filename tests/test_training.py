@@ -14,7 +14,7 @@ from flashvsr_nb.decoder import TCDecoder
 from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.pipeline import FlashVSR
 from flashvsr_nb.training import Trainer, detail_target, loss_terms, psnr_y, run_clip, start_weights, widen
-from flashvsr_nb.weights import load_weights
+from flashvsr_nb.weights import load_weights, save_weights
 
 NANO = Path(__file__).resolve().parent.parent / "flashvsr_nb/assets/nano.safetensors"
 SMALL = replace(ModelConfig.nano(), dim=128, heads=1, layers=1, ffn_dim=32, text_dim=8, freq_dim=8, proj_dims=(4, 8),
@@ -121,6 +121,32 @@ def test_gradients_reach_every_weight(stills):
     sr, latents = run_clip(model, lr[:1] / 255)
     (sr.square().mean() + latents.square().mean()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_model_of_other_sizes_begins_where_the_old_one_ended(tmp_path, monkeypatch):
+    "Channels of zeros go first, wider stages do not change the result: the resized file gives what the old one gives."
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "tools")
+    import resize_nano
+    torch.manual_seed(0)
+    model = start_weights(FlashVSR(SMALL)).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.decoder.decoder[-1].weight, std=0.05)
+    padded = TCDecoder((8, 8, 6, 4), residual=True, pyramid=True).requires_grad_(False)
+    for p in padded.parameters():
+        p.zero_()
+    widen(padded, model.decoder)
+    dit = {k: F.pad(v, (0, 0, 0, 8) if k.endswith("ffn.0.weight") else (0, 8) if ".ffn.0" in k or k.endswith("ffn.2.weight")
+                    else (0, 0)) for k, v in model.dit.state_dict().items()}
+    old = tmp_path / "old.safetensors"
+    save_weights(old, replace(SMALL, decoder_channels=(8, 8, 6, 4), ffn_dim=40), dit=dit, context=model.context,
+                 projector=model.projector.state_dict(), decoder=padded.state_dict())
+    new = tmp_path / "new.safetensors"
+    monkeypatch.setattr("sys.argv", ["resize_nano", str(old), str(new), *"--channels 8 12 4 4 --ffn 32".split()])
+    resize_nano.main()
+    assert load_weights(new).cfg == replace(SMALL, decoder_channels=(8, 12, 4, 4))
+    x = torch.rand(1, 25, 3, 32, 32)
+    before, after = (run_clip(FlashVSR.from_pretrained(p, device="cpu"), x, noise=0.0)[0] for p in (old, new))
+    torch.testing.assert_close(after, before, atol=2e-3, rtol=0)
+    assert (before - before.mean()).abs().max() > 0.1
 
 
 def test_nano_is_what_the_config_says():
