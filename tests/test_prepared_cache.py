@@ -146,9 +146,9 @@ def test_streams_agree_and_quantise_once(sparge, nano, mask):
     assert 0.75 < stream.cache_bytes / (len(stream.caches) * 4 * 128 * nano.cfg.dim * 4) < 0.85  # of bfloat16's
     again = two_chunks(Stream(nano, cache=Requantising, **options))
     exact = two_chunks(Stream(nano, policy=options["policy"]))
-    first = slice(0, 6)  # the first chunk's keys have the same mean either way; the interpreter cuts values to bfloat16
-    assert error(once[:, :, first], again[:, :, first]) < 2e-3
-    assert error(once, again) < 5e-3 and error(once, exact) < 1.2 * error(again, exact)
+    for part in (slice(0, 6), slice(0, 8)):  # the first chunk's keys have the same mean either way, later ones do not
+        a, b, c = (x[:, :, part] for x in (once, again, exact))
+        assert error(a, b) < error(b, c) < 1e-2 and error(a, c) < 1.2 * error(b, c)
 
 
 def test_a_lean_stream_takes_them_along(sparge, nano):
