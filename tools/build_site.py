@@ -85,13 +85,13 @@ def alt_texts(nb):
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
             section = (re.findall(r"^#+ (.+)", cell["source"], re.M) or [section])[-1]
-        told = [d.removeprefix("fig-alt:").strip() for d in directives(cell) if d.startswith("fig-alt:")]
+        told = next((d.removeprefix("fig-alt:").strip() for d in directives(cell) if d.startswith("fig-alt:")), None)
         for output in cell.get("outputs", []):
             for kind, data in output.get("data", {}).items():
                 if kind in ("image/png", "image/jpeg"):
-                    own = [output["metadata"].get(kind, {}).get("alt"), *told]
+                    own = output["metadata"].get(kind, {}).get("alt")
                     name = hashlib.sha256(b64decode("".join(data))).hexdigest()
-                    found[name] = next(filter(None, own), None) or figure_text(cell["source"], section)
+                    found[name] = own or told or figure_text(cell["source"], section)
     return found
 
 

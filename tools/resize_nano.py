@@ -1,6 +1,6 @@
 """Give a nano other sizes and keep what it has learnt: fewer channels by pruning, more by widening.
 
-    python tools/resize_nano.py nano OUT.safetensors --channels 64 128 32 16 --ffn 256
+    python tools/resize_nano.py nano OUT.safetensors --channels 64 112 32 16 --ffn 256
     python tools/train_nano.py DATA OUT --from OUT.safetensors
 """
 import argparse
