@@ -28,33 +28,41 @@ def _wander(
     path = torch.cumsum((torch.randn((), device=device) + drift) * speed, 0)
     return path - path[0]
 
-# %% ../nbs/12a_clips.ipynb #ab1ef0b1
+# %% ../nbs/12a_clips.ipynb #6aeb7cb9
 def fly_over(
-    still: torch.Tensor,  # (3, h, w) uint8, or float with the same range
+    still: torch.Tensor,  # (3, h, w) uint8, or float with the same range; or a clip, (frames, 3, h, w)
     frames: int,  # length of the clip
     *,
     size: int,  # side of the square frames, pixels
     speed: float = 2.0,  # typical motion, pixels per frame
-    zoom: float = 1.0,  # picture pixels per clip pixel
+    zoom: float = 1.0,  # picture pixels per clip pixel; below 1 the picture is magnified
+    angle: float = 0.0,  # of the camera at the start, radians
 ) -> torch.Tensor:  # (frames, 3, size, size) float32 in [0, 1]
-    "A camera that shifts, turns, zooms and tilts smoothly over a picture."
+    "A camera that shifts, turns, zooms and tilts smoothly over a picture; speed 0 is a fixed view of a clip."
     dev, (h, w) = still.device, still.shape[-2:]
     path = lambda s: _wander(frames, s, device=dev)[:, None, None]
     r = torch.arange(size, device=dev) + 0.5 - size / 2
     y, x = r[None, :, None], r[None, None, :]
     tilt = 1 + path(0.0004 * speed) * x / (size / 2) + path(0.0004 * speed) * y / (size / 2)
-    angle, grow = path(0.0015 * speed), zoom * torch.exp(path(0.0015 * speed)) / tilt
+    angle, grow = angle + path(0.0015 * speed), zoom * torch.exp(path(0.0015 * speed)) / tilt
     px = (angle.cos() * x - angle.sin() * y) * grow + path(speed) * zoom
     py = (angle.sin() * x + angle.cos() * y) * grow + path(0.7 * speed) * zoom
 
     def place(p, n):  # anywhere inside the picture; mirrored where it ends
         return (p - p.min() + torch.rand((), device=dev) * (n - 1 - (p.max() - p.min()))) / (n - 1) * 2 - 1
 
-    picture = (still[None].float() / 255).expand(frames, -1, -1, -1)
+    picture = (still.float() / 255).expand(frames, -1, -1, -1)
     grid = torch.stack([place(px, w), place(py, h)], -1)
     return F.grid_sample(picture, grid, mode="bicubic", padding_mode="reflection", align_corners=True).clamp(0, 1)
 
-# %% ../nbs/12a_clips.ipynb #d7b5d201
+# %% ../nbs/12a_clips.ipynb #712bec76
+def _view(farthest=1.0):
+    "Zoom and angle of a camera, from torch's random numbers: sometimes closer, half the time turned."
+    near, turned, u, v = torch.rand(4).tolist()
+    zoom = 0.5 + 0.5 * u if near < 0.3 else 1 + u * (farthest - 1)
+    return zoom, 2 * np.pi * v if turned < 0.5 else 0.0
+
+
 def moving_stills(
     stills: list,  # uint8 (3, h, w) pictures on one device
     frames: int,  # length of the clip
@@ -64,11 +72,11 @@ def moving_stills(
     "One synthetic clip: a flight over a picture, sometimes with another in front, sometimes motion-blurred."
     pick = lambda: stills[int(torch.randint(len(stills), ()))]
     back, speed = pick(), float(torch.rand(())) ** 2 * 6
-    zoom = 1 + float(torch.rand(())) * (min(1.8, max(1.0, min(back.shape[-2:]) / size / 1.2)) - 1)
+    zoom, angle = _view(min(1.8, max(1.0, min(back.shape[-2:]) / size / 1.2)))
     if zoom > 1.15:  # shrink first: sampling a sharp picture at larger steps would alias
         back = F.interpolate(back[None].float(), scale_factor=1 / zoom, mode="bicubic", antialias=True)[0].clamp(0, 255)
     sub = 3 if torch.rand(()) < 0.25 else 1  # sub-frames per frame
-    clip = fly_over(back, frames * sub, size=size, speed=speed / sub)
+    clip = fly_over(back, frames * sub, size=size, speed=speed / sub, zoom=min(1.0, zoom), angle=angle)
     if torch.rand(()) < 0.4:
         n, fast = frames * sub, 1.5 * speed / sub
         blob = torch.randn(1, 1, 8, 8, device=back.device)
@@ -77,7 +85,7 @@ def moving_stills(
         clip = clip * (1 - mask) + fly_over(pick(), n, size=size, speed=fast) * mask
     return (clip.unflatten(0, (frames, sub)).mean(1) * 255).round().to(torch.uint8)
 
-# %% ../nbs/12a_clips.ipynb #d0c2cd21
+# %% ../nbs/12a_clips.ipynb #5294ce03
 def draw_recipe(
     coded: float = 0.6,  # share of damaged clips; the rest is only reduced
 ) -> Recipe:  # strengths for one clip: preset `clean`, or around preset `mild`, a little wider
@@ -85,23 +93,20 @@ def draw_recipe(
     draw = lambda low, high: low + (high - low) * float(torch.rand(()))
     if torch.rand(()) >= coded:
         return Recipe()
-    crf = 23.0 if torch.rand(()) < 0.7 else round(draw(18, 28), 1)
-    return Recipe(blur=draw(0.5, 1.7), noise=draw(0, 3.2), crf=crf)
+    crf = 23.0 if torch.rand(()) < 0.9 else round(draw(18, 28), 1)
+    return Recipe(blur=draw(0.55, 1.65), noise=draw(0, 3.1), crf=crf)
 
 
 def _code(frames, crf):  # uint8 (F, h, w, 3), in a worker process
     return np.stack(list(compress(frames, crf=crf)))
 
-# %% ../nbs/12a_clips.ipynb #b23c7054
+# %% ../nbs/12a_clips.ipynb #9fddfe4f
 def _cut(videos, frames, *, size):
-    "A piece of a real clip, uint8 (frames, 3, size, size); mirrored where that is too small."
+    "A fixed view of a piece of a real clip, uint8 (frames, 3, size, size); mirrored where that ends."
     x = videos[int(torch.randint(len(videos), ()))]
     x = x[int(torch.randint(max(1, len(x) - frames + 1), ())) :][:frames]
-    while min(x.shape[-2:]) < size:
-        pad = [min(max(0, size - n), n - 1) for n in x.shape[-2:]]
-        x = F.pad(x.float(), (0, pad[1], 0, pad[0]), mode="reflect").to(torch.uint8)
-    top, left = (int(torch.randint(n - size + 1, ())) for n in x.shape[-2:])
-    return x[..., top : top + size, left : left + size]
+    zoom, angle = _view()
+    return (fly_over(x, len(x), size=size, speed=0, zoom=zoom, angle=angle) * 255).round().to(torch.uint8)
 
 
 def _vary(hr):
@@ -128,7 +133,7 @@ def _crop(hr, lr, frames, size):
     hr = hr[..., 4 * top : 4 * (top + side), 4 * left : 4 * (left + side)]
     return hr.expand(frames, -1, -1, -1), lr.expand(frames, -1, -1, -1)
 
-# %% ../nbs/12a_clips.ipynb #b5e179f9
+# %% ../nbs/12a_clips.ipynb #cf543613
 class Clips:
     "An endless supply of pairs: a pool of HR clips with their LR, the oldest of them replaced as training goes on."
 
@@ -140,7 +145,7 @@ class Clips:
         frames: int = 33,  # per clip: 8n + 1, at least 25
         size: int = 256,  # side of the HR frames, pixels, a multiple of 128
         pool: int = 800,  # pairs kept
-        real: float = 0.2,  # share of pairs cut from `videos`
+        real: float = 0.05,  # share of pairs cut from `videos`
         frozen: float = 0.1,  # share of pairs that are one frame, repeated: what a still image is to the network
         coded: float = 0.6,  # share of damaged clips
         fresh: int = 3,  # new pairs to a batch

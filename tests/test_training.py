@@ -13,7 +13,8 @@ from flashvsr_nb.clips import Clips, draw_recipe, fly_over, moving_stills
 from flashvsr_nb.decoder import TCDecoder
 from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.pipeline import FlashVSR
-from flashvsr_nb.training import Trainer, detail_target, loss_terms, psnr_y, run_clip, start_weights, widen
+from flashvsr_nb.training import (
+    Trainer, detail_target, load_checkpoint, loss_terms, psnr_y, run_clip, save_checkpoint, start_weights, widen)
 from flashvsr_nb.weights import load_weights, save_weights
 
 NANO = Path(__file__).resolve().parent.parent / "flashvsr_nb/assets/nano.safetensors"
@@ -75,6 +76,22 @@ def test_camera_moves_by_its_speed(stills):
     assert 0 < slow < fast / 3
 
 
+def test_camera_sees_any_angle_and_distance(stills):
+    def view(**options):
+        torch.manual_seed(2)
+        return fly_over(stills[0], 2, size=64, speed=0.0, **options)
+    assert torch.allclose(view(angle=torch.pi), view().flip(-1, -2), atol=1e-4)
+    detail = lambda x: x.diff(dim=-1).abs().mean()
+    assert 0.4 < detail(view(zoom=0.5)) / detail(view()) < 0.7  # twice as near: half as steep
+
+
+def test_camera_that_stands_still_shows_the_clip(stills):
+    torch.manual_seed(2)
+    clip = torch.stack([stills[0], 255 - stills[0], stills[0]])
+    seen = fly_over(clip, 3, size=64, speed=0.0, zoom=0.8, angle=1.0)
+    assert torch.equal(seen[0], seen[2]) and torch.allclose(seen[1], 1 - seen[0], atol=1e-5)
+
+
 @settings(max_examples=15, deadline=None)
 @given(more=st.tuples(*[st.integers(0, 5)] * 4), seed=st.integers(0, 99), pyramid=st.booleans())
 def test_wider_decoder_gives_the_same(more, seed, pyramid):
@@ -112,6 +129,23 @@ def test_some_steps_make_it_better(stills):
     trainer = Trainer(start_weights(FlashVSR(SMALL)), minutes=1, lr=3e-3, warmup=1)
     losses = [float(trainer.update(hr[:1], lr[:1])["loss"]) for _ in range(6)]
     assert losses[-1] < losses[0] - 0.002
+
+
+def test_parts_without_gradients_stay(stills, tmp_path):
+    torch.manual_seed(0)
+    hr, lr = pairs(stills, coded=1.0)
+    model = FlashVSR(SMALL)
+    model.dit.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = Trainer(model, minutes=1, warmup=1)
+    trainer.update(hr[:1], lr[:1])
+    moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved >= {"decoder"} and "dit" not in moved
+    save_checkpoint(trainer, tmp_path)
+    again = Trainer(FlashVSR(SMALL), minutes=1)
+    again.model.dit.requires_grad_(False)
+    load_checkpoint(again, tmp_path)
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in model.state_dict().items())
 
 
 def test_gradients_reach_every_weight(stills):

@@ -11,7 +11,7 @@ import torch
 
 from flashvsr_nb.decoder import TCDecoder
 from flashvsr_nb.pipeline import FlashVSR
-from flashvsr_nb.training import _cut_between, prune, start_weights, widen
+from flashvsr_nb.training import _cut_between, prune, start_weights, trainable, widen
 from flashvsr_nb.weights import load_weights, save_weights
 
 
@@ -20,22 +20,19 @@ def resize(weights, channels, ffn_dim):
     "A model of these sizes that gives about what the weights give; its seed is torch's."
     cfg = replace(weights.cfg, decoder_channels=tuple(channels), ffn_dim=ffn_dim)
     model, options = start_weights(FlashVSR(cfg)), dict(residual=cfg.residual, pyramid=cfg.pyramid)
-    old = TCDecoder(weights.cfg.decoder_channels, **options)
-    old.load_state_dict({k: v.float() for k, v in weights.decoder.items()})
+    old = trainable(weights)
     least = list(weights.cfg.decoder_channels)
     for stage in (1, 2):
         least[stage] = min(least[stage], channels[stage])
-        prune(old, stage=stage, width=least[stage])
+        prune(old.decoder, stage=stage, width=least[stage])
     pruned = TCDecoder(tuple(least), **options)
-    pruned.load_state_dict(old.state_dict())
+    pruned.load_state_dict(old.decoder.state_dict())
     widen(model.decoder, pruned)
-    dit = FlashVSR(weights.cfg).dit
-    dit.load_state_dict({k: v.float() for k, v in weights.dit.items()})
-    for block in dit.blocks:
+    for block in old.dit.blocks:
         _cut_between(block.ffn[0], block.ffn[2], ffn_dim)
-    model.dit.load_state_dict(dit.state_dict())
-    model.projector.load_state_dict({k: v.float() for k, v in weights.projector.items()})
-    model.context.copy_(weights.context)
+    model.dit.load_state_dict(old.dit.state_dict())
+    model.projector.load_state_dict(old.projector.state_dict())
+    model.context.copy_(old.context)
     return model
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from flashvsr_nb.clips import Clips
 from flashvsr_nb.dit import ModelConfig
 from flashvsr_nb.pipeline import FlashVSR
-from flashvsr_nb.training import Trainer, load_checkpoint, save_checkpoint, start_weights, widen
+from flashvsr_nb.training import Trainer, load_checkpoint, save_checkpoint, start_weights, trainable, widen
 from flashvsr_nb.video import read_video
 from flashvsr_nb.weights import load_weights, save_weights
 
@@ -42,6 +42,8 @@ def main():
     parser.add_argument("--coded", type=float, default=0.6, help="share of damaged clips (default: 0.6)")
     parser.add_argument("--from", dest="start", metavar="nano|PATH", help="weights, all of them, to start from, and sizes")
     parser.add_argument("--decoder-from", metavar="nano|PATH", help="weights whose decoder, not wider, is the start")
+    parser.add_argument("--freeze", nargs="+", choices=("dit", "projector", "decoder", "context"), default=(),
+                        help="parts that stay as they are")
     parser.add_argument("--resume", type=Path, help="checkpoint folder of an earlier run to go on from")
     parser.add_argument("--batch", type=int, default=6, help="clips per step (default: 6)")
     parser.add_argument("--pool", type=int, default=800, help="clips kept (default: 800)")
@@ -63,14 +65,11 @@ def main():
         videos = [frames_first(read_video(p)).to(args.device) for p in sorted((args.data / "clips").glob("*.mp4"))]
         print(f"{time.perf_counter() - began:.0f} s: {len(stills)} stills, {len(videos)} clips", flush=True)
         torch.manual_seed(0)  # all processes begin with the same weights
-        whole = load_weights(args.start) if args.start else None
-        model = start_weights(FlashVSR(whole.cfg if whole else ModelConfig.nano()))
-        if whole:
-            for part, weights in (("dit", whole.dit), ("projector", whole.projector), ("decoder", whole.decoder)):
-                getattr(model, part).load_state_dict({k: v.float() for k, v in weights.items()})
-            model.context.data.copy_(whole.context)
+        model = trainable(load_weights(args.start)) if args.start else start_weights(FlashVSR(ModelConfig.nano()))
         if args.decoder_from:
             widen(model.decoder, FlashVSR.from_pretrained(args.decoder_from, device="cpu").decoder)
+        for part in args.freeze:
+            getattr(model, part).requires_grad_(False)
         torch.manual_seed(rank)
         model.to(args.device)
         options = dict(coded=args.coded, workers=workers)
