@@ -32,7 +32,7 @@ def _enlarge(
     "×4 bicubic, as the pipeline makes LQ for nano."
     return _to_8_bit(F.interpolate(lr.flatten(0, 1), scale_factor=4, mode="bicubic")).unflatten(0, lr.shape[:2])
 
-# %% ../nbs/13_training.ipynb #694598c6
+# %% ../nbs/13_training.ipynb #c08b9999
 _WEIGHTS = dict(fidelity=0.15, pixel=0.3, gradient=0.1, spectrum=0.05, motion=0.2, detail=0.02)
 
 
@@ -98,7 +98,7 @@ def start_weights(
     nn.init.zeros_(decoder.decoder[-1].weight)
     return model
 
-# %% ../nbs/13_training.ipynb #aa000002
+# %% ../nbs/13_training.ipynb #74df763a
 def trainable(
     weights,  # of `load_weights`
 ) -> FlashVSR:  # float32, with gradients; all parts are there, those too that a running pipeline drops
@@ -202,7 +202,7 @@ def run_clip(
         out.append(stream.decode(x0[-1], lq[:, :, max(0, a - 4) : z - 4]))
     return (torch.cat(out, 2).transpose(1, 2) + 1) / 2, torch.cat(x0, 2)
 
-# %% ../nbs/13_training.ipynb #c9ffa574
+# %% ../nbs/13_training.ipynb #e621b44a
 def _trained(model):
     "Its parameters less those that stay as they are."
     return [p for p in model.parameters() if p.requires_grad]
@@ -264,7 +264,7 @@ def _average(grads):
     flat = _mean(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(flat, grads)])
 
-# %% ../nbs/13_training.ipynb #f939193a
+# %% ../nbs/13_training.ipynb #a25583ce
 class Trainer:
     "Weights, their moving average, optimiser and clock; one in each process of `torch.distributed`, if that runs."
 
@@ -325,7 +325,7 @@ class Trainer:
             seconds = torch.tensor(time.perf_counter() - start, device=self.gradients.device)
             self.spent += float(_mean(seconds))  # the clock rules all schedules: one for all processes
 
-# %% ../nbs/13_training.ipynb #f6711419
+# %% ../nbs/13_training.ipynb #fc5350ac
 def save_checkpoint(
     trainer: Trainer,  # at any step
     folder,  # is made
