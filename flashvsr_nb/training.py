@@ -202,17 +202,13 @@ def run_clip(
         out.append(stream.decode(x0[-1], lq[:, :, max(0, a - 4) : z - 4]))
     return (torch.cat(out, 2).transpose(1, 2) + 1) / 2, torch.cat(x0, 2)
 
-# %% ../nbs/13_training.ipynb #e621b44a
-def _trained(model):
-    "Its parameters less those that stay as they are."
-    return [p for p in model.parameters() if p.requires_grad]
-
-
+# %% ../nbs/13_training.ipynb #e6388b53
 class _Step:
     "Run, compare, leave gradients: as it stands, or on CUDA recorded once and replayed."
 
     def __init__(self, model):
-        self.model, self.parameters, self.graph = model, _trained(model), None
+        self.model, self.graph = model, None
+        self.parameters = [p for p in model.parameters() if p.requires_grad]  # the others stay as they are
         self.device = self.parameters[0].device
         self.noise = torch.zeros((), device=self.device)
 
@@ -264,7 +260,7 @@ def _average(grads):
     flat = _mean(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(flat, grads)])
 
-# %% ../nbs/13_training.ipynb #a25583ce
+# %% ../nbs/13_training.ipynb #23925df7
 class Trainer:
     "Weights, their moving average, optimiser and clock; one in each process of `torch.distributed`, if that runs."
 
@@ -282,7 +278,7 @@ class Trainer:
         self.gradients, self.step, self.spent = _Step(model), 0, 0.0
         self.budget = float(_mean(torch.tensor(minutes * 60.0, device=self.gradients.device)))  # all end at one step
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(_trained(model), lr=lr, betas=(0.9, 0.999), weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.gradients.parameters, lr=lr, betas=(0.9, 0.999), weight_decay=1e-4)
 
     def update(
         self,
